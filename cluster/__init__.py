@@ -1,0 +1,1 @@
+"""Places, heals, launches and observes the processes that serve a checkpoint."""

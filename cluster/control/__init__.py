@@ -1,0 +1,1 @@
+"""The controller's decisions: state and event in, state and effects out."""

@@ -1,0 +1,1 @@
+"""The outermost shell: the only package that imports Ray."""

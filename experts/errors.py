@@ -1,0 +1,119 @@
+"""The error tree of Herd; foreign errors are translated into it once, at the edge where they appear.
+
+HerdError
+├── InvalidInput              a user's mistake: names field, value and rule
+│   └── ContextOverflow       the prompt does not fit the context
+├── CheckpointError           a model folder is not what it claims to be
+├── Overloaded                a bounded queue is full; says when to come back
+├── ExpertUnavailable         no replica of an expert served before the request's deadline
+├── RouterLost                the router of a request died or stopped, and nothing took over in time
+└── TransportError            a shipment got no result
+    ├── HostLost              the link to the host ended (EOF) or never was
+    ├── DeadlinePassed        no answer by the shipment's deadline
+    ├── NotHosted             the host does not hold an expert that the shipment names
+    ├── HostFailed            the host answered that it could not compute
+    └── BadFrame              bytes that break the protocol
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class HerdError(Exception):
+    """Base of every error that Herd raises on purpose."""
+
+
+class InvalidInput(HerdError, ValueError):
+    """A user's mistake.
+
+    `field` is the name the user wrote, `rule` what must hold, `value` what was found (shortened when long).
+    """
+
+    def __init__(self, field: str, value: object, rule: str) -> None:
+        self.field = field
+        self.value = value
+        self.rule = rule
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        super().__init__(f"{field}: {rule} (got {shown})")
+
+
+class ContextOverflow(InvalidInput):
+    """The prompt (and what it asks for) is longer than the context. Lengths in tokens."""
+
+    def __init__(self, num_prompt_tokens: int, num_output_tokens: int, max_model_len: int) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_output_tokens = num_output_tokens
+        self.max_model_len = max_model_len
+        asked = f" and asks for {num_output_tokens} more" if num_output_tokens else ""
+        super().__init__(
+            "messages",
+            num_prompt_tokens,
+            f"this model's maximum context length is {max_model_len} tokens; "
+            f"the prompt has {num_prompt_tokens} tokens{asked}",
+        )
+
+
+class CheckpointError(HerdError):
+    """A model folder is not what it claims to be. `where` names the file, tensor or field."""
+
+    def __init__(self, where: str, problem: str) -> None:
+        self.where = where
+        self.problem = problem
+        super().__init__(f"{where}: {problem}")
+
+
+class Overloaded(HerdError):
+    """A bounded queue is full; try again after `retry_after_s` seconds."""
+
+    def __init__(self, what: str, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"{what}; try again in {retry_after_s:.0f} s")
+
+
+class ExpertUnavailable(HerdError):
+    """No replica of (layer, expert) served before the request's deadline."""
+
+    def __init__(self, experts: Iterable[tuple[int, int]]) -> None:
+        self.experts = sorted(experts)
+        names = ", ".join(f"expert {expert} of layer {layer}" for layer, expert in self.experts[:4])
+        more = f" and {len(self.experts) - 4} more" if len(self.experts) > 4 else ""
+        super().__init__(f"no host served {names}{more} in time")
+
+
+class RouterLost(HerdError):
+    """The router of a request died or stopped, and no other took over in time."""
+
+
+class TransportError(HerdError):
+    """A shipment got no result. `host` is the name of the host it went to."""
+
+    def __init__(self, host: str, problem: str) -> None:
+        self.host = host
+        super().__init__(f"host {host}: {problem}")
+
+
+class HostLost(TransportError):
+    """The link to the host ended or never was."""
+
+
+class DeadlinePassed(TransportError):
+    """No answer by the shipment's deadline."""
+
+
+class NotHosted(TransportError):
+    """The host does not hold some of the experts that a shipment names; `missing` lists (layer, expert)."""
+
+    def __init__(self, host: str, missing: Iterable[tuple[int, int]]) -> None:
+        self.missing = frozenset(missing)
+        super().__init__(host, f"does not hold {sorted(self.missing)}")
+
+
+class HostFailed(TransportError):
+    """The host answered that it could not compute the shipment."""
+
+
+class BadFrame(TransportError):
+    """Bytes that break the protocol: wrong lengths, unknown dtype, impossible shape."""

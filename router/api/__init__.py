@@ -1,0 +1,1 @@
+"""The public face: request schemas, OpenAI-compatible HTTP and its errors."""

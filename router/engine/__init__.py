@@ -1,0 +1,1 @@
+"""Continuous batching: which tokens are computed in which step, and what comes of them."""
