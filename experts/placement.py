@@ -77,10 +77,11 @@ class ClusterView:
     """What the controller streams to everyone; receivers keep the last one when it is gone.
 
     `placement` lists only replicas that are loaded and serving. `version` grows with every published view,
-    `placement.epoch` only when the placement changed.
+    `placement.epoch` only when the placement changed. `draining`: the cluster takes no new requests.
     """
 
     version: int = 0
     placement: Placement = field(default_factory=Placement)
     hosts: Mapping[str, HostInfo] = field(default_factory=lambda: MappingProxyType({}))
     routers: Mapping[str, RouterInfo] = field(default_factory=lambda: MappingProxyType({}))
+    draining: bool = False

@@ -1,0 +1,250 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class MemberKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MEMBER_KIND_UNSPECIFIED: _ClassVar[MemberKind]
+    MEMBER_KIND_ROUTER: _ClassVar[MemberKind]
+    MEMBER_KIND_INGRESS: _ClassVar[MemberKind]
+MEMBER_KIND_UNSPECIFIED: MemberKind
+MEMBER_KIND_ROUTER: MemberKind
+MEMBER_KIND_INGRESS: MemberKind
+
+class LayerExperts(_message.Message):
+    __slots__ = ("layer", "experts")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class HostReport(_message.Message):
+    __slots__ = ("name", "incarnation", "address", "node", "pid", "metrics_address", "transport", "held", "rows_total", "held_bytes", "problem")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    ROWS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    incarnation: int
+    address: str
+    node: str
+    pid: int
+    metrics_address: str
+    transport: str
+    held: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    rows_total: int
+    held_bytes: int
+    problem: str
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., transport: _Optional[str] = ..., held: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., rows_total: _Optional[int] = ..., held_bytes: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class HostOrder(_message.Message):
+    __slots__ = ("target", "retire")
+    class Target(_message.Message):
+        __slots__ = ("experts",)
+        EXPERTS_FIELD_NUMBER: _ClassVar[int]
+        experts: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+        def __init__(self, experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    RETIRE_FIELD_NUMBER: _ClassVar[int]
+    target: HostOrder.Target
+    retire: bool
+    def __init__(self, target: _Optional[_Union[HostOrder.Target, _Mapping]] = ..., retire: _Optional[bool] = ...) -> None: ...
+
+class MemberReport(_message.Message):
+    __slots__ = ("kind", "name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "http", "view_version", "view_epoch", "inner_host", "problem")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HTTP_FIELD_NUMBER: _ClassVar[int]
+    VIEW_VERSION_FIELD_NUMBER: _ClassVar[int]
+    VIEW_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    INNER_HOST_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    kind: MemberKind
+    name: str
+    address: str
+    node: str
+    pid: int
+    state: str
+    running: int
+    waiting: int
+    metrics_address: str
+    http: str
+    view_version: int
+    view_epoch: int
+    inner_host: HostReport
+    problem: str
+    def __init__(self, kind: _Optional[_Union[MemberKind, str]] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., metrics_address: _Optional[str] = ..., http: _Optional[str] = ..., view_version: _Optional[int] = ..., view_epoch: _Optional[int] = ..., inner_host: _Optional[_Union[HostReport, _Mapping]] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class Replica(_message.Message):
+    __slots__ = ("layer", "expert", "hosts")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    expert: int
+    hosts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., hosts: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Placement(_message.Message):
+    __slots__ = ("epoch", "host_names", "replicas")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HOST_NAMES_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    host_names: _containers.RepeatedScalarFieldContainer[str]
+    replicas: _containers.RepeatedCompositeFieldContainer[Replica]
+    def __init__(self, epoch: _Optional[int] = ..., host_names: _Optional[_Iterable[str]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ...) -> None: ...
+
+class Host(_message.Message):
+    __slots__ = ("name", "incarnation", "address", "node", "pid", "state", "transport", "slots", "slots_target", "rows_total", "metrics_address")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_TARGET_FIELD_NUMBER: _ClassVar[int]
+    ROWS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    incarnation: int
+    address: str
+    node: str
+    pid: int
+    state: str
+    transport: str
+    slots: int
+    slots_target: int
+    rows_total: int
+    metrics_address: str
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., transport: _Optional[str] = ..., slots: _Optional[int] = ..., slots_target: _Optional[int] = ..., rows_total: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+
+class Router(_message.Message):
+    __slots__ = ("name", "address", "node", "pid", "state", "running", "waiting", "metrics_address")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    address: str
+    node: str
+    pid: int
+    state: str
+    running: int
+    waiting: int
+    metrics_address: str
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+
+class Ingress(_message.Message):
+    __slots__ = ("name", "node", "pid", "http", "metrics_address")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HTTP_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    node: str
+    pid: int
+    http: str
+    metrics_address: str
+    def __init__(self, name: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., http: _Optional[str] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+
+class ClusterView(_message.Message):
+    __slots__ = ("version", "placement", "hosts", "routers", "draining")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    placement: Placement
+    hosts: _containers.RepeatedCompositeFieldContainer[Host]
+    routers: _containers.RepeatedCompositeFieldContainer[Router]
+    draining: bool
+    def __init__(self, version: _Optional[int] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[Router, _Mapping]]] = ..., draining: _Optional[bool] = ...) -> None: ...
+
+class Controller(_message.Message):
+    __slots__ = ("pid", "address", "node", "epoch", "version", "term", "metrics_address")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    address: str
+    node: str
+    epoch: int
+    version: int
+    term: int
+    metrics_address: str
+    def __init__(self, pid: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., version: _Optional[int] = ..., term: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusResponse(_message.Message):
+    __slots__ = ("name", "controller", "ingresses", "routers", "hosts", "replicas_held", "replicas_wanted", "draining", "problems")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONTROLLER_FIELD_NUMBER: _ClassVar[int]
+    INGRESSES_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_HELD_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_WANTED_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    controller: Controller
+    ingresses: _containers.RepeatedCompositeFieldContainer[Ingress]
+    routers: _containers.RepeatedCompositeFieldContainer[Router]
+    hosts: _containers.RepeatedCompositeFieldContainer[Host]
+    replicas_held: int
+    replicas_wanted: int
+    draining: bool
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., controller: _Optional[_Union[Controller, _Mapping]] = ..., ingresses: _Optional[_Iterable[_Union[Ingress, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[Router, _Mapping]]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ..., replicas_held: _Optional[int] = ..., replicas_wanted: _Optional[int] = ..., draining: _Optional[bool] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ShutdownRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ShutdownResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

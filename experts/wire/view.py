@@ -1,0 +1,286 @@
+"""Turns placements, views, reports and status into protobuf messages and back; knows no channel.
+
+Each pair `x_to_wire` / `x_from_wire` is its own inverse, whatever the order of repeated fields.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from types import MappingProxyType
+
+from experts.placement import ClusterView, ExpertKey, HostInfo, IngressInfo, Placement, RouterInfo
+from experts.reports import ClusterStatus, ControllerInfo, HostOrder, HostReport, MemberKind, MemberReport
+from experts.wire import control_pb2 as pb
+
+_KIND_TO_WIRE = {
+    MemberKind.ROUTER: pb.MEMBER_KIND_ROUTER,
+    MemberKind.INGRESS: pb.MEMBER_KIND_INGRESS,
+}
+_KIND_FROM_WIRE = {number: kind for kind, number in _KIND_TO_WIRE.items()}
+
+
+def view_to_wire(view: ClusterView) -> pb.ClusterView:
+    return pb.ClusterView(
+        version=view.version,
+        placement=_placement_to_wire(view.placement),
+        hosts=[_host_to_wire(host) for host in view.hosts.values()],
+        routers=[_router_to_wire(router) for router in view.routers.values()],
+        draining=view.draining,
+    )
+
+
+def view_from_wire(message: pb.ClusterView) -> ClusterView:
+    """Raises ValueError when a replica names a host index that the message does not have."""
+    return ClusterView(
+        version=message.version,
+        placement=_placement_from_wire(message.placement),
+        hosts=MappingProxyType({host.name: _host_from_wire(host) for host in message.hosts}),
+        routers=MappingProxyType({router.name: _router_from_wire(router) for router in message.routers}),
+        draining=message.draining,
+    )
+
+
+def host_report_to_wire(report: HostReport) -> pb.HostReport:
+    return pb.HostReport(
+        name=report.name,
+        incarnation=report.incarnation,
+        address=report.address,
+        node=report.node,
+        pid=report.pid,
+        metrics_address=report.metrics_address,
+        transport=report.transport,
+        held=keys_to_wire(report.held),
+        rows_total=report.rows_total,
+        held_bytes=report.held_bytes,
+        problem=report.problem,
+    )
+
+
+def host_report_from_wire(message: pb.HostReport) -> HostReport:
+    return HostReport(
+        name=message.name,
+        incarnation=message.incarnation,
+        address=message.address,
+        node=message.node,
+        pid=message.pid,
+        metrics_address=message.metrics_address,
+        transport=message.transport,
+        held=keys_from_wire(message.held),
+        rows_total=message.rows_total,
+        held_bytes=message.held_bytes,
+        problem=message.problem,
+    )
+
+
+def order_to_wire(order: HostOrder) -> pb.HostOrder:
+    target = pb.HostOrder.Target(experts=keys_to_wire(order.target))
+    return pb.HostOrder(target=target, retire=order.retire)
+
+
+def order_from_wire(message: pb.HostOrder) -> HostOrder | None:
+    """None for a message that only says the controller is there."""
+    if not message.HasField("target"):
+        return None
+    return HostOrder(target=keys_from_wire(message.target.experts), retire=message.retire)
+
+
+def member_report_to_wire(report: MemberReport) -> pb.MemberReport:
+    return pb.MemberReport(
+        kind=_KIND_TO_WIRE[report.kind],
+        name=report.name,
+        address=report.address,
+        node=report.node,
+        pid=report.pid,
+        state=report.state,
+        running=report.running,
+        waiting=report.waiting,
+        metrics_address=report.metrics_address,
+        http=report.http,
+        view_version=report.view_version,
+        view_epoch=report.view_epoch,
+        inner_host=None if report.inner_host is None else host_report_to_wire(report.inner_host),
+        problem=report.problem,
+    )
+
+
+def member_report_from_wire(message: pb.MemberReport) -> MemberReport:
+    """Raises ValueError for a member of unknown kind."""
+    kind = _KIND_FROM_WIRE.get(message.kind)
+    if kind is None:
+        raise ValueError(f"member kind {message.kind} is not known")
+    return MemberReport(
+        kind=kind,
+        name=message.name,
+        address=message.address,
+        node=message.node,
+        pid=message.pid,
+        state=message.state,
+        running=message.running,
+        waiting=message.waiting,
+        metrics_address=message.metrics_address,
+        http=message.http,
+        view_version=message.view_version,
+        view_epoch=message.view_epoch,
+        inner_host=host_report_from_wire(message.inner_host) if message.HasField("inner_host") else None,
+        problem=message.problem,
+    )
+
+
+def status_to_wire(status: ClusterStatus) -> pb.StatusResponse:
+    controller = status.controller
+    return pb.StatusResponse(
+        name=status.name,
+        controller=pb.Controller(
+            pid=controller.pid,
+            address=controller.address,
+            node=controller.node,
+            epoch=controller.epoch,
+            version=controller.version,
+            term=controller.term,
+            metrics_address=controller.metrics_address,
+        ),
+        ingresses=[_ingress_to_wire(ingress) for ingress in status.ingresses],
+        routers=[_router_to_wire(router) for router in status.routers],
+        hosts=[_host_to_wire(host) for host in status.hosts],
+        replicas_held=status.replicas_held,
+        replicas_wanted=status.replicas_wanted,
+        draining=status.draining,
+        problems=status.problems,
+    )
+
+
+def status_from_wire(message: pb.StatusResponse) -> ClusterStatus:
+    controller = message.controller
+    return ClusterStatus(
+        name=message.name,
+        controller=ControllerInfo(
+            pid=controller.pid,
+            address=controller.address,
+            node=controller.node,
+            epoch=controller.epoch,
+            version=controller.version,
+            term=controller.term,
+            metrics_address=controller.metrics_address,
+        ),
+        ingresses=tuple(_ingress_from_wire(ingress) for ingress in message.ingresses),
+        routers=tuple(_router_from_wire(router) for router in message.routers),
+        hosts=tuple(_host_from_wire(host) for host in message.hosts),
+        replicas_held=message.replicas_held,
+        replicas_wanted=message.replicas_wanted,
+        draining=message.draining,
+        problems=tuple(message.problems),
+    )
+
+
+def keys_to_wire(keys: Iterable[ExpertKey]) -> list[pb.LayerExperts]:
+    """One entry per layer: a thousand experts of ten layers take about a thousand bytes."""
+    by_layer: defaultdict[int, list[int]] = defaultdict(list)
+    for layer, expert in keys:
+        by_layer[layer].append(expert)
+    return [pb.LayerExperts(layer=layer, experts=sorted(by_layer[layer])) for layer in sorted(by_layer)]
+
+
+def keys_from_wire(layers: Iterable[pb.LayerExperts]) -> frozenset[ExpertKey]:
+    return frozenset((entry.layer, expert) for entry in layers for expert in entry.experts)
+
+
+def _placement_to_wire(placement: Placement) -> pb.Placement:
+    names = sorted({name for hosts in placement.replicas.values() for name in hosts})
+    index = {name: position for position, name in enumerate(names)}
+    return pb.Placement(
+        epoch=placement.epoch,
+        host_names=names,
+        replicas=[
+            pb.Replica(layer=layer, expert=expert, hosts=[index[name] for name in hosts])
+            for (layer, expert), hosts in placement.replicas.items()
+        ],
+    )
+
+
+def _placement_from_wire(message: pb.Placement) -> Placement:
+    names = tuple(message.host_names)
+    replicas: dict[ExpertKey, tuple[str, ...]] = {}
+    for replica in message.replicas:
+        if any(index >= len(names) for index in replica.hosts):
+            raise ValueError(f"expert {replica.expert} of layer {replica.layer} names a host that is not listed")
+        replicas[(replica.layer, replica.expert)] = tuple(names[index] for index in replica.hosts)
+    return Placement(epoch=message.epoch, replicas=MappingProxyType(replicas))
+
+
+def _host_to_wire(host: HostInfo) -> pb.Host:
+    return pb.Host(
+        name=host.name,
+        incarnation=host.incarnation,
+        address=host.address,
+        node=host.node,
+        pid=host.pid,
+        state=host.state,
+        transport=host.transport,
+        slots=host.slots,
+        slots_target=host.slots_target,
+        rows_total=host.rows_total,
+        metrics_address=host.metrics_address,
+    )
+
+
+def _host_from_wire(message: pb.Host) -> HostInfo:
+    return HostInfo(
+        name=message.name,
+        incarnation=message.incarnation,
+        address=message.address,
+        node=message.node,
+        pid=message.pid,
+        state=message.state,
+        transport=message.transport,
+        slots=message.slots,
+        slots_target=message.slots_target,
+        rows_total=message.rows_total,
+        metrics_address=message.metrics_address,
+    )
+
+
+def _router_to_wire(router: RouterInfo) -> pb.Router:
+    return pb.Router(
+        name=router.name,
+        address=router.address,
+        node=router.node,
+        pid=router.pid,
+        state=router.state,
+        running=router.running,
+        waiting=router.waiting,
+        metrics_address=router.metrics_address,
+    )
+
+
+def _router_from_wire(message: pb.Router) -> RouterInfo:
+    return RouterInfo(
+        name=message.name,
+        address=message.address,
+        node=message.node,
+        pid=message.pid,
+        state=message.state,
+        running=message.running,
+        waiting=message.waiting,
+        metrics_address=message.metrics_address,
+    )
+
+
+def _ingress_to_wire(ingress: IngressInfo) -> pb.Ingress:
+    return pb.Ingress(
+        name=ingress.name,
+        node=ingress.node,
+        pid=ingress.pid,
+        http=ingress.http,
+        metrics_address=ingress.metrics_address,
+    )
+
+
+def _ingress_from_wire(message: pb.Ingress) -> IngressInfo:
+    return IngressInfo(
+        name=message.name,
+        node=message.node,
+        pid=message.pid,
+        http=message.http,
+        metrics_address=message.metrics_address,
+    )
