@@ -1,4 +1,4 @@
-"""Where experts live: the placement and the cluster view that carries it. Immutable values, no behaviour of time.
+"""Where experts live: the placement and the cluster view that carries it. Immutable; time is no concern.
 
 Everything that routes rows reads these; only the controller makes new ones.
 """

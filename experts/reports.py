@@ -1,6 +1,6 @@
 """What processes tell the controller and what it tells them, besides the cluster view. Immutable values.
 
-Hosts, routers and ingresses fill reports from their own numbers; the wire and the controller's core only read them.
+Hosts, routers and ingresses fill reports from their own numbers; the wire and the controller only read them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from experts.placement import ExpertKey, HostInfo, IngressInfo, RouterInfo
 class HostReport:
     """A host as it sees itself. `incarnation` names one life of the process and grows from life to life.
 
-    `held` are the experts in its slots, computable now. `problem` says why an ordered expert is not among them, and
-    is empty while loading goes well.
+    `held` are the experts in its slots, computable now. `problem` says why an ordered one is not among them;
+    it is empty while loading goes well.
     """
 
     name: str
@@ -34,7 +34,7 @@ class HostReport:
 
 @dataclass(frozen=True, kw_only=True)
 class HostOrder:
-    """`target` is the whole set to hold: load what is missing, evict the rest. `retire`: exit and stay away."""
+    """`target` is the whole set to hold: load what is missing, evict the rest. `retire`: exit for good."""
 
     target: frozenset[ExpertKey] = frozenset()
     retire: bool = False
@@ -51,8 +51,8 @@ class MemberKind(StrEnum):
 class MemberReport:
     """A router or an ingress as it sees itself.
 
-    `address` is a router's Submit listener, `http` an ingress's URL. `view_version` and `view_epoch` are those of
-    the last view it has. `inner_host` is the host inside a router that computes experts itself.
+    `address` is a router's Submit listener, `http` an ingress's URL. `view_version` and `view_epoch` are
+    those of the last view it has. `inner_host` is the host inside a router that computes experts itself.
     """
 
     kind: MemberKind

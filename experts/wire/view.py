@@ -203,7 +203,7 @@ def _placement_from_wire(message: pb.Placement) -> Placement:
     replicas: dict[ExpertKey, tuple[str, ...]] = {}
     for replica in message.replicas:
         if any(index >= len(names) for index in replica.hosts):
-            raise ValueError(f"expert {replica.expert} of layer {replica.layer} names a host that is not listed")
+            raise ValueError(f"({replica.layer}, {replica.expert}) names a host that is not listed")
         replicas[(replica.layer, replica.expert)] = tuple(names[index] for index in replica.hosts)
     return Placement(epoch=message.epoch, replicas=MappingProxyType(replicas))
 
