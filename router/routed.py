@@ -1,6 +1,6 @@
 """What travels between the decoder and whatever computes routed experts. Neither side knows the other.
 
-Shape letters: T rows (tokens of a packed step), K experts per token, H hidden size.
+Shape letters: T rows (tokens of a packed step), K experts per token, H hidden size, R = T · K rows to compute.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from experts.placement import ExpertKey
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """The gate's choice for T tokens: `expert_TK` int64 expert indices, `score_TK` sigmoid scores in the model's
-    dtype. Scores scale the expert's *input* row (Llama 4)."""
+    """The gate's choice for T tokens: `expert_TK` int64 expert indices, ascending per token, `score_TK` sigmoid
+    scores in the model's dtype. Scores scale the expert's *input* row (Llama 4)."""
 
     expert_TK: torch.Tensor
     score_TK: torch.Tensor
@@ -31,3 +31,36 @@ class Combined:
 
     y_TH: torch.Tensor
     lost: dict[int, tuple[ExpertKey, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowGroups:
+    """The rows of one dispatch, grouped by expert.
+
+    `rows_RH` are the scaled input rows, all rows of `experts[0]` first, `counts[i]` rows per expert; `choice_R` says
+    which (token, choice) = divmod(choice, K) each row belongs to.
+    """
+
+    rows_RH: torch.Tensor
+    choice_R: torch.Tensor
+    experts: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+def group_rows(x_TH: torch.Tensor, routing: Routing) -> RowGroups:
+    """Scale every token's row by its scores and bring rows of one expert together, in token order."""
+    num_choices = routing.expert_TK.shape[1]
+    expert_R, choice_R = torch.sort(routing.expert_TK.flatten(), stable=True)
+    experts, counts = torch.unique_consecutive(expert_R, return_counts=True)
+    rows_RH = x_TH[choice_R // num_choices] * routing.score_TK.flatten()[choice_R][:, None]
+    return RowGroups(rows_RH=rows_RH, choice_R=choice_R, experts=tuple(experts.tolist()), counts=tuple(counts.tolist()))
+
+
+def ungroup_rows(groups: RowGroups, y_RH: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Undo `group_rows` for results: per token the sum of its experts' rows, in ascending expert order."""
+    num_tokens, num_choices = routing.expert_TK.shape
+    y_choice_RH = torch.empty_like(y_RH)
+    y_choice_RH[groups.choice_R] = y_RH
+    if num_choices == 1:
+        return y_choice_RH
+    return y_choice_RH.view(num_tokens, num_choices, -1).sum(dim=1)

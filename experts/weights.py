@@ -1,0 +1,41 @@
+"""The expert store: one expert's weights out of a checkpoint, ready for the host's matmuls."""
+
+from __future__ import annotations
+
+import torch
+
+from experts.checkpoint import Checkpoint
+from experts.config import ModelConfig
+from experts.ffn import ExpertWeights
+from experts.placement import ExpertKey
+
+
+class ExpertStore:
+    """Loads (layer, expert) in `dtype`. Stateless and safe to use from several threads."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._config = config
+        self.dtype = dtype
+
+    def load(self, layer: int, expert: int) -> ExpertWeights:
+        """Read one expert. Raises CheckpointError naming the tensor when it is missing or misshapen.
+
+        The files hold [in, out] matrices of all experts of a layer; an expert is sliced out and turned to
+        [out, in], which the matmul of few rows reads faster.
+        """
+        config = self._config
+        assert layer in config.moe_layers, layer
+        assert 0 <= expert < config.num_experts, expert
+        prefix = f"{config.tensor_prefix}model.layers.{layer}.feed_forward.experts."
+        num, hidden, size = config.num_experts, config.hidden_size, config.expert_size
+        gate_up_HF = self._checkpoint.row(prefix + "gate_up_proj", expert, (num, hidden, 2 * size))
+        down_FH = self._checkpoint.row(prefix + "down_proj", expert, (num, size, hidden))
+        return ExpertWeights(
+            gate_up_FH=gate_up_HF.to(self.dtype).t().contiguous(),
+            down_HF=down_FH.to(self.dtype).t().contiguous(),
+        )
+
+    def keys(self) -> list[ExpertKey]:
+        """Every (layer, expert) of the model, in order."""
+        return [(layer, expert) for layer in self._config.moe_layers for expert in range(self._config.num_experts)]

@@ -1,0 +1,52 @@
+"""Routed experts computed in the router's own process: no host, no shipment, nothing can be away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from experts.ffn import ExpertWeights, expert_ffn
+from experts.placement import ExpertKey
+from router.routed import Combined, Routing, RowGroups, group_rows, ungroup_rows
+
+
+class LocalExperts:
+    """Fulfils the decoder's `RoutedExperts` with weights held here. `record(key, rows)` counts what was computed."""
+
+    def __init__(
+        self,
+        weights: Mapping[ExpertKey, ExpertWeights],
+        record: Callable[[ExpertKey, int], None] | None = None,
+    ) -> None:
+        self._weights = weights
+        self._record = record
+
+    def dispatch(self, layer: int, x_TH: torch.Tensor, routing: Routing) -> LocalPending:
+        """Group the rows; they are computed when the result is asked for."""
+        return LocalPending(self, layer, group_rows(x_TH, routing), routing)
+
+    def compute(self, layer: int, groups: RowGroups) -> torch.Tensor:
+        """One matmul chain per touched expert, results in the groups' row order."""
+        parts = []
+        rows = groups.rows_RH.split(list(groups.counts))
+        for expert, rows_TH in zip(groups.experts, rows, strict=True):
+            parts.append(expert_ffn(self._weights[layer, expert], rows_TH))
+            if self._record is not None:
+                self._record((layer, expert), rows_TH.shape[0])
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class LocalPending:
+    """Rows that wait for nothing but the processor."""
+
+    experts: LocalExperts
+    layer: int
+    groups: RowGroups
+    routing: Routing
+
+    def combine(self) -> Combined:
+        y_RH = self.experts.compute(self.layer, self.groups)
+        return Combined(y_TH=ungroup_rows(self.groups, y_RH, self.routing), lost={})

@@ -1,0 +1,215 @@
+"""The text decoder: a packed batch in, logits out, pausing wherever rows go to routed experts.
+
+It knows neither where experts live nor how rows travel: it declares the protocol it needs (`RoutedExperts`) and is
+handed something that fulfils it.
+Shape letters: T packed tokens, S sampled rows, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from experts.config import ModelConfig
+from experts.ffn import expert_ffn
+from experts.placement import ExpertKey
+from router.gate import gate
+from router.model.attention import KVStore, Span, attention, rms_norm
+from router.model.rope import inverse_frequencies, rotations, temperatures
+from router.model.weights import LayerWeights, TrunkWeights
+from router.routed import Combined, Routing
+
+
+class Pending(Protocol):
+    """Rows under way. `combine` waits for them (bounded by their deadlines) and may be called once."""
+
+    def combine(self) -> Combined: ...
+
+
+class RoutedExperts(Protocol):
+    """Computes routed experts. `dispatch` sends rows on their way and returns at once; results never depend on
+    what else is under way. Rows whose experts are away come back as `Combined.lost`, never as a guess."""
+
+    def dispatch(self, layer: int, x_TH: torch.Tensor, routing: Routing) -> Pending: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """One step's tokens, all requests' spans end to end.
+
+    `global_slots_T` and `local_slots_T` are where each token's keys and values go in full-attention and chunked
+    layers. `samples` lists the indices of spans whose last row's logits are wanted.
+    """
+
+    ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    global_slots_T: torch.Tensor
+    local_slots_T: torch.Tensor
+    spans: tuple[Span, ...]
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """`logits_SV` (model dtype) row i belongs to span `samples[i]`; spans in `lost` left the step because the
+    experts listed were away: nothing of them may be used."""
+
+    logits_SV: torch.Tensor
+    samples: tuple[int, ...]
+    lost: dict[int, frozenset[ExpertKey]]
+
+
+Forward = Generator[Pending, Combined, StepOutput]
+"""A forward pass under way: yields at each dispatch of rows, is sent what came back."""
+
+
+@dataclass
+class _Rows:
+    """The rows still in the step; shrinks when experts are away. `live` holds the spans' original indices."""
+
+    x_TH: torch.Tensor
+    batch: PackedBatch
+    rotation: torch.Tensor
+    temperature: torch.Tensor
+    live: tuple[int, ...]
+    lost: dict[int, frozenset[ExpertKey]] = field(default_factory=dict)
+
+
+class Decoder:
+    """The trunk with its weights. One instance serves any number of forwards, which may be interleaved."""
+
+    def __init__(self, config: ModelConfig, weights: TrunkWeights, experts: RoutedExperts) -> None:
+        self.config = config
+        self.weights = weights
+        self.experts = experts
+        self._inverse_frequency = inverse_frequencies(config).to(weights.device)
+
+    def forward(self, batch: PackedBatch, store: KVStore) -> Forward:
+        """Run `batch` through all layers, writing keys and values to `store`."""
+        rows = _Rows(
+            x_TH=F.embedding(batch.ids_T, self.weights.embedding_VH),
+            batch=batch,
+            rotation=rotations(batch.positions_T, self._inverse_frequency),
+            temperature=temperatures(batch.positions_T, self.config),
+            live=tuple(range(len(batch.spans))),
+        )
+        for layer, weights in enumerate(self.weights.layers):
+            if not rows.live:
+                break
+            rows.x_TH = rows.x_TH + self._attention(layer, weights, rows, store)
+            normed_TH = rms_norm(rows.x_TH, self.config.norm_eps, weights.ffn_norm_H)
+            if weights.gate_EH is None:
+                rows.x_TH = rows.x_TH + expert_ffn(weights.ffn, normed_TH)
+                continue
+            routing = gate(normed_TH, weights.gate_EH, self.config.experts_per_token)
+            pending = self.experts.dispatch(layer, normed_TH, routing)
+            # The shared expert is computed while the rows travel.
+            shared_TH = expert_ffn(weights.ffn, normed_TH)
+            combined = yield pending
+            rows.x_TH = rows.x_TH + (shared_TH + combined.y_TH)
+            if combined.lost:
+                _drop_lost(rows, combined)
+        return self._head(rows)
+
+    def _attention(self, layer: int, weights: LayerWeights, rows: _Rows, store: KVStore) -> torch.Tensor:
+        batch = rows.batch
+        return attention(
+            rms_norm(rows.x_TH, self.config.norm_eps, weights.attention_norm_H),
+            layer,
+            weights,
+            self.config,
+            batch.spans,
+            batch.local_slots_T if self.config.chunked_layers[layer] else batch.global_slots_T,
+            rows.rotation,
+            rows.temperature,
+            store,
+        )
+
+    def _head(self, rows: _Rows) -> StepOutput:
+        wanted = [index for index, span in enumerate(rows.live) if span in rows.batch.samples]
+        last = [rows.batch.spans[index].row + rows.batch.spans[index].count - 1 for index in wanted]
+        x_SH = rms_norm(rows.x_TH[last], self.config.norm_eps, self.weights.norm_H)
+        return StepOutput(
+            logits_SV=F.linear(x_SH, self.weights.head_VH),
+            samples=tuple(rows.live[index] for index in wanted),
+            lost=rows.lost,
+        )
+
+
+def _drop_lost(rows: _Rows, combined: Combined) -> None:
+    """Take every span with a lost row out of the step; the others go on as if it had never been there.
+
+    Later tokens of the span attend to the lost one, so a span leaves as a whole.
+    """
+    kept, keep_rows = [], []
+    for index, span in enumerate(rows.batch.spans):
+        span_rows = range(span.row, span.row + span.count)
+        missing = frozenset(key for row in span_rows for key in combined.lost.get(row, ()))
+        if missing:
+            rows.lost[rows.live[index]] = missing
+        else:
+            kept.append(index)
+            keep_rows.extend(span_rows)
+    rows.x_TH = rows.x_TH[keep_rows]
+    rows.rotation = rows.rotation[keep_rows]
+    rows.temperature = rows.temperature[keep_rows]
+    rows.batch = _select(rows.batch, kept, keep_rows)
+    rows.live = tuple(rows.live[index] for index in kept)
+
+
+def _select(batch: PackedBatch, spans: Sequence[int], rows: list[int]) -> PackedBatch:
+    moved, row = [], 0
+    for index in spans:
+        old = batch.spans[index]
+        moved.append(
+            Span(
+                row=row,
+                count=old.count,
+                position=old.position,
+                global_slots=old.global_slots,
+                local_slots=old.local_slots,
+            )
+        )
+        row += old.count
+    return PackedBatch(
+        ids_T=batch.ids_T[rows],
+        positions_T=batch.positions_T[rows],
+        global_slots_T=batch.global_slots_T[rows],
+        local_slots_T=batch.local_slots_T[rows],
+        spans=tuple(moved),
+        samples=batch.samples,
+    )
+
+
+def run(*forwards: Forward) -> list[StepOutput]:
+    """Drive forwards to their ends, interleaved: while one waits for its rows, the next computes.
+
+    One forward is the plain case; with two, each hides the other's travelling time.
+    """
+    outputs: dict[int, StepOutput] = {}
+    waiting: list[tuple[int, Forward, Pending]] = []
+    for index, forward in enumerate(forwards):
+        _advance(index, forward, None, waiting, outputs)
+    while waiting:
+        index, forward, pending = waiting.pop(0)
+        _advance(index, forward, pending.combine(), waiting, outputs)
+    return [outputs[index] for index in range(len(forwards))]
+
+
+def _advance(
+    index: int,
+    forward: Forward,
+    combined: Combined | None,
+    waiting: list[tuple[int, Forward, Pending]],
+    outputs: dict[int, StepOutput],
+) -> None:
+    try:
+        pending = next(forward) if combined is None else forward.send(combined)
+    except StopIteration as stop:
+        outputs[index] = stop.value
+    else:
+        waiting.append((index, forward, pending))

@@ -1,0 +1,97 @@
+"""Runs a decoder over sequences in pieces of chosen lengths, with block tables handed out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from experts.checkpoint import Checkpoint
+from experts.config import load_config
+from experts.weights import ExpertStore
+from router.checkpoint import load_trunk
+from router.engine.packing import pack
+from router.engine.request import Request, SamplingParams
+from router.engine.scheduler import Piece
+from router.local_experts import LocalExperts
+from router.model.attention import KVStore
+from router.model.decoder import Decoder, RoutedExperts, StepOutput, run
+
+CPU = torch.device("cpu")
+
+
+def load_decoder(model_dir: Path, dtype: torch.dtype = torch.float32, experts: RoutedExperts | None = None) -> Decoder:
+    """The whole model of a folder in this process."""
+    config, checkpoint = load_config(model_dir), Checkpoint(model_dir)
+    store = ExpertStore(checkpoint, config, dtype)
+    routed = experts or LocalExperts({key: store.load(*key) for key in store.keys()})
+    return Decoder(config, load_trunk(checkpoint, config, dtype, CPU), routed)
+
+
+class Stepper:
+    """Sequences side by side in one key/value store; every known token's logits are collected."""
+
+    def __init__(self, decoder: Decoder, sequences: Sequence[Sequence[int]], block_size: int = 4) -> None:
+        self.decoder = decoder
+        self.block_size = block_size
+        longest = max(len(ids) for ids in sequences)
+        blocks = -(-longest // block_size)
+        # Tables are interleaved, so that neighbouring blocks of a sequence are never neighbours in the store.
+        self.requests = [
+            Request(
+                request_id=str(row),
+                token_ids=list(ids),
+                num_prompt=len(ids),
+                sampling=SamplingParams(max_tokens=1),
+                deadline=0.0,
+                arrival=0.0,
+                global_blocks=[block * len(sequences) + row for block in range(blocks)],
+                local_blocks=[block * len(sequences) + row for block in range(blocks)],
+            )
+            for row, ids in enumerate(sequences)
+        ]
+        slots = blocks * block_size * len(sequences)
+        self.store = KVStore(
+            decoder.config, num_global_slots=slots, num_local_slots=slots, dtype=decoder.weights.dtype, device=CPU
+        )
+
+    def step(self, counts: dict[int, int]) -> StepOutput:
+        """One step: `counts[row]` more tokens of each named sequence. Pieces stop at chunk borders."""
+        pieces = []
+        for row, count in counts.items():
+            request = self.requests[row]
+            chunk = self.decoder.config.chunk_size
+            left = request.num_known - request.num_computed
+            limit = left if chunk is None else min(left, chunk - request.num_computed % chunk)
+            pieces.append(Piece(request=request, start=request.num_computed, count=min(count, limit)))
+        batch = pack(pieces, block_size=self.block_size, chunk_size=self.decoder.config.chunk_size, device=CPU)
+        [output] = run(self.decoder.forward(batch, self.store))
+        for index, piece in enumerate(pieces):
+            if index not in output.lost:
+                piece.request.num_computed += piece.count
+        return output
+
+
+def all_logits(decoder: Decoder, ids: Sequence[int], counts: Iterable[int], block_size: int = 4) -> torch.Tensor:
+    """Logits [T, V] of one sequence computed in pieces of `counts` (the last one repeats); rows of positions that
+    no piece ended at are NaN."""
+    rows = []
+    stepper = Stepper(decoder, [ids], block_size)
+    [request] = stepper.requests
+    sizes = iter(counts)
+    size = next(sizes)
+    while request.num_computed < len(ids):
+        full = request.token_ids
+        before = request.num_computed
+        # Hide later tokens, so that the piece ends where its logits are sampled.
+        request.token_ids = full[: before + size]
+        output = stepper.step({0: size})
+        request.token_ids = full
+        if output.samples:
+            rows.append((request.num_computed - 1, output.logits_SV[0]))
+        size = next(sizes, size)
+    logits = torch.full((len(ids), decoder.config.vocab_size), float("nan"))
+    for position, row in rows:
+        logits[position] = row.float()
+    return logits
