@@ -36,6 +36,6 @@ class ExpertStore:
             down_HF=down_FH.to(self.dtype).t().contiguous(),
         )
 
-    def keys(self) -> list[ExpertKey]:
+    def all_keys(self) -> list[ExpertKey]:
         """Every (layer, expert) of the model, in order."""
         return [(layer, expert) for layer in self._config.moe_layers for expert in range(self._config.num_experts)]

@@ -30,7 +30,7 @@ class LocalExperts:
     def compute(self, layer: int, groups: RowGroups) -> torch.Tensor:
         """One matmul chain per touched expert, results in the groups' row order."""
         parts = []
-        rows = groups.rows_RH.split(list(groups.counts))
+        rows = torch.split(groups.rows_RH, list(groups.counts))
         for expert, rows_TH in zip(groups.experts, rows, strict=True):
             parts.append(expert_ffn(self._weights[layer, expert], rows_TH))
             if self._record is not None:

@@ -108,8 +108,8 @@ def _project(
     x_TH: torch.Tensor, weights: LayerWeights, config: ModelConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-    heads = F.linear(x_TH, weights.qkv_PH).unflatten(-1, (sum(sizes), config.head_dim))
-    query_TND, key_TGD, value_TGD = heads.split(sizes, dim=1)
+    heads = F.linear(x_TH, weights.qkv_PH).view(-1, sum(sizes), config.head_dim)
+    query_TND, key_TGD, value_TGD = torch.split(heads, sizes, dim=1)
     return query_TND, key_TGD, value_TGD
 
 

@@ -145,7 +145,8 @@ def _drop_lost(rows: _Rows, combined: Combined) -> None:
 
     Later tokens of the span attend to the lost one, so a span leaves as a whole.
     """
-    kept, keep_rows = [], []
+    kept: list[int] = []
+    keep_rows: list[int] = []
     for index, span in enumerate(rows.batch.spans):
         span_rows = range(span.row, span.row + span.count)
         missing = frozenset(key for row in span_rows for key in combined.lost.get(row, ()))

@@ -1,6 +1,7 @@
 """The trunk's weights as plain tensors; reading them from files happens elsewhere.
 
-Shape letters: H hidden size, Q query width (heads · D), P query + key + value width, E experts, F ffn size, V vocabulary.
+Shape letters: H hidden size, Q query width (heads · D), P query + key + value width, E experts, F ffn size,
+V vocabulary.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def load_decoder(model_dir: Path, dtype: torch.dtype = torch.float32, experts: R
     """The whole model of a folder in this process."""
     config, checkpoint = load_config(model_dir), Checkpoint(model_dir)
     store = ExpertStore(checkpoint, config, dtype)
-    routed = experts or LocalExperts({key: store.load(*key) for key in store.keys()})
+    routed = experts or LocalExperts({key: store.load(*key) for key in store.all_keys()})
     return Decoder(config, load_trunk(checkpoint, config, dtype, CPU), routed)
 
 

@@ -1,0 +1,83 @@
+"""Carries out a step: packs it, runs the decoder over it, samples. Owns the key/value tensors; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from experts.config import ModelConfig
+from experts.placement import ExpertKey
+from router.engine.kv_cache import KVLayout
+from router.engine.packing import pack
+from router.engine.request import Request
+from router.engine.sampler import Draw, sample
+from router.engine.scheduler import Piece, Step
+from router.model.attention import KVStore
+from router.model.decoder import Decoder, PackedBatch, StepOutput, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """`sampled`: request id → next token. `lost`: request id → the experts that were away; nothing of that piece
+    was computed."""
+
+    sampled: Mapping[str, int]
+    lost: Mapping[str, frozenset[ExpertKey]]
+
+
+def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of one global and of one local block: keys and values of `block_size` tokens of every layer of a kind."""
+    per_layer = 2 * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+    num_local = sum(config.chunked_layers)
+    return (config.num_layers - num_local) * per_layer, num_local * per_layer
+
+
+class ModelRunner:
+    """Runs steps on one decoder. `micro_batches` > 1 splits a step's requests into that many interleaved forwards,
+    each computing while another's rows travel."""
+
+    def __init__(self, decoder: Decoder, layout: KVLayout, *, eos_ids: Sequence[int], micro_batches: int = 1) -> None:
+        self._decoder = decoder
+        self._layout = layout
+        self._eos_ids = tuple(eos_ids)
+        self._micro_batches = micro_batches
+        self._device = decoder.weights.device
+        self._store = KVStore(
+            decoder.config,
+            num_global_slots=layout.num_global_blocks * layout.block_size,
+            num_local_slots=layout.num_local_blocks * layout.block_size,
+            dtype=decoder.weights.dtype,
+            device=self._device,
+        )
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> StepOutcome:
+        """Compute every piece of `step` and sample where a piece ends at its request's last known token."""
+        shares = [list(step.pieces[start :: self._micro_batches]) for start in range(self._micro_batches)]
+        shares = [share for share in shares if share]
+        outputs = run(*(self._decoder.forward(self._pack(share), self._store) for share in shares))
+        sampled: dict[str, int] = {}
+        lost: dict[str, frozenset[ExpertKey]] = {}
+        for share, output in zip(shares, outputs, strict=True):
+            sampled |= self._sample(share, output)
+            lost |= {share[index].request.request_id: missing for index, missing in output.lost.items()}
+        return StepOutcome(sampled=sampled, lost=lost)
+
+    def _pack(self, pieces: Sequence[Piece]) -> PackedBatch:
+        return pack(pieces, block_size=self._layout.block_size, chunk_size=self._layout.border, device=self._device)
+
+    def _sample(self, pieces: Sequence[Piece], output: StepOutput) -> dict[str, int]:
+        if not output.samples:
+            return {}
+        requests = [pieces[index].request for index in output.samples]
+        tokens = sample(output.logits_SV, [self._draw(request) for request in requests])
+        return {request.request_id: token for request, token in zip(requests, tokens, strict=True)}
+
+    def _draw(self, request: Request) -> Draw:
+        sampling = request.sampling
+        banned: tuple[int, ...] = ()
+        if request.num_output < sampling.min_tokens:
+            banned = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_ids))
+        return Draw(sampling=sampling, position=request.num_known, banned=banned)
