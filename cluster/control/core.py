@@ -1,0 +1,237 @@
+"""The controller's rules: `step(state, event, now) -> (state, effects)`. No clock, no network, no process.
+
+Invariants: the epoch only grows, and only with the published placement; the placement lists only replicas that a
+host reported as held; the journal is written before the view that it backs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TypeVar
+
+from cluster.control.pack import target_by_host
+from cluster.control.state import (
+    ControllerState,
+    DrainAsked,
+    Effect,
+    EnsureHost,
+    Event,
+    HostGone,
+    HostReported,
+    HostState,
+    Journal,
+    Leave,
+    MemberLeft,
+    MemberReported,
+    MemberState,
+    PublishView,
+    Replicas,
+    SendOrder,
+    Tick,
+    Timing,
+    WriteJournal,
+)
+from cluster.control.status import view_of
+from experts.placement import ClusterView, ExpertKey, Placement
+from experts.reports import HostOrder, HostReport, MemberReport
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+VERSIONS_PER_TERM = 10**9
+"""Versions of one life of the controller stay below those of the next."""
+
+
+def start(
+    journal: Journal, hosts: Iterable[str], now: float, timing: Timing | None = None
+) -> tuple[ControllerState, list[Effect]]:
+    """Begin a life of the controller. `journal` is what the last life left, or a fresh one with term 0.
+
+    Hosts that live are waited for and adopted; on a fresh start all of them are started at once.
+    """
+    timing = timing or Timing()
+    first_life = journal.term == 0
+    journal = replace(journal, term=journal.term + 1)
+    patience = 0.0 if first_life else timing.lost_after
+    targets = target_by_host(journal.target, hosts)
+    state = ControllerState(
+        journal=journal,
+        hosts=_frozen({name: HostState(target=target, start_at=now + patience) for name, target in targets.items()}),
+        ticked_at=now,
+        alone_since=now,
+        hold_until=now + patience,
+        version=journal.term * VERSIONS_PER_TERM,
+        timing=timing,
+    )
+    return state, [WriteJournal(journal=journal)]
+
+
+def step(state: ControllerState, event: Event, now: float) -> tuple[ControllerState, list[Effect]]:
+    """Take one event in. Effects are to be carried out in order."""
+    effects: list[Effect] = []
+    match event:
+        case HostReported():
+            state = _host_reported(state, event, now, effects)
+        case HostGone():
+            state = _host_gone(state, event)
+        case MemberReported():
+            state = _member_reported(state, event.report, now)
+        case MemberLeft():
+            state = _without_member(state, event.name)
+        case DrainAsked():
+            state = replace(state, draining=True)
+        case Tick():
+            state = _tick(state, now, effects)
+    state = _publish(state, now, effects)
+    return state, effects
+
+
+def _host_reported(state: ControllerState, event: HostReported, now: float, effects: list[Effect]) -> ControllerState:
+    report = event.report
+    host = state.hosts.get(report.name)
+    if host is None or _is_older_life(host, event):
+        # Two processes must never answer to one name.
+        retire = HostOrder(retire=True)
+        effects.append(SendOrder(name=report.name, stream=event.stream, order=retire))
+        return state
+    if host.stream != event.stream:
+        order = HostOrder(target=host.target)
+        effects.append(SendOrder(name=report.name, stream=event.stream, order=order))
+    serving = _serving(host, report)
+    host = replace(host, report=report, heard_at=now, stream=event.stream, lost=False, serving=serving)
+    return _with_host(state, report.name, host)
+
+
+def _is_older_life(host: HostState, event: HostReported) -> bool:
+    """A later life of the same host is connected. (When it is not, a clock that was set back explains as much.)"""
+    if host.report is None or host.stream in (None, event.stream):
+        return False
+    return event.report.incarnation < host.report.incarnation
+
+
+def _serving(host: HostState, report: HostReport) -> frozenset[ExpertKey]:
+    """Of a host that is still loading only what served before, so that a long load makes one epoch, not hundreds;
+    of one that has loaded all it can, everything."""
+    held = report.held & host.target
+    settled = held == host.target or bool(report.problem)
+    same_life = host.report is not None and host.report.incarnation == report.incarnation
+    serving = held if settled else host.serving & held if same_life else frozenset()
+    return host.serving if serving == host.serving else serving
+
+
+def _host_gone(state: ControllerState, event: HostGone) -> ControllerState:
+    """A broken stream alone takes nothing away: the host may be back within `lost_after`."""
+    host = state.hosts.get(event.name)
+    if host is None or host.stream != event.stream:
+        return state
+    return _with_host(state, event.name, replace(host, stream=None))
+
+
+def _member_reported(state: ControllerState, report: MemberReport, now: float) -> ControllerState:
+    members = dict(state.members)
+    members[report.name] = MemberState(report=report, heard_at=now)
+    state = replace(state, members=_frozen(members), had_members=True)
+    if report.view_version <= state.version:
+        return state
+    # It has a view from a life that left no journal here: go on above its numbers.
+    epoch = max(state.journal.epoch, report.view_epoch + 1)
+    return replace(state, version=report.view_version, journal=replace(state.journal, epoch=epoch), view=None)
+
+
+def _without_member(state: ControllerState, name: str) -> ControllerState:
+    return replace(state, members=_frozen({key: member for key, member in state.members.items() if key != name}))
+
+
+def _tick(state: ControllerState, now: float, effects: list[Effect]) -> ControllerState:
+    pause = now - state.ticked_at
+    state = replace(state, ticked_at=now)
+    if pause > state.timing.stall:
+        state = _forgive(state, pause)
+    for name, host in state.hosts.items():
+        state = _with_host(state, name, _check_host(name, host, state.timing, now, effects))
+    for name, member in state.members.items():
+        if now - member.heard_at >= state.timing.lost_after:
+            state = _without_member(state, name)
+    if state.members:
+        return replace(state, alone_since=now)
+    patience = state.timing.alone if state.had_members else state.timing.alone_at_start
+    if now - state.alone_since >= patience:
+        effects.append(Leave(reason=f"no router and no ingress for {patience:.0f} s"))
+        return replace(state, alone_since=now)
+    return state
+
+
+def _forgive(state: ControllerState, pause: float) -> ControllerState:
+    """The controller itself was stopped: missing reports of that time say nothing about anybody."""
+    hosts = {
+        name: replace(host, heard_at=host.heard_at + pause, start_at=host.start_at + pause)
+        for name, host in state.hosts.items()
+    }
+    members = {name: replace(member, heard_at=member.heard_at + pause) for name, member in state.members.items()}
+    return replace(
+        state,
+        hosts=_frozen(hosts),
+        members=_frozen(members),
+        alone_since=state.alone_since + pause,
+        hold_until=state.hold_until + pause,
+    )
+
+
+def _check_host(name: str, host: HostState, timing: Timing, now: float, effects: list[Effect]) -> HostState:
+    alive = host.report is not None and not host.lost
+    if alive and now - host.heard_at >= timing.lost_after:
+        return replace(host, lost=True, serving=frozenset(), start_at=now + timing.restart_lost)
+    if alive or now < host.start_at:
+        return host
+    effects.append(EnsureHost(name=name))
+    return replace(host, start_at=now + timing.ensure_again)
+
+
+def _publish(state: ControllerState, now: float, effects: list[Effect]) -> ControllerState:
+    """Publish a view when anything that members act upon differs from the last one."""
+    complete = all(host.serving == host.target for host in state.hosts.values())
+    if now < state.hold_until and not complete:
+        return state
+    before, after = state.journal.replicas, _serving_replicas(state)
+    due = complete or _takes_away(before, after) or now - state.published_at >= state.timing.batch
+    if after != before and due:
+        journal = replace(state.journal, epoch=state.journal.epoch + 1, replicas=after)
+        state = replace(state, journal=journal, published_at=now)
+        effects.append(WriteJournal(journal=journal))
+    view = view_of(state, version=state.version + 1)
+    if state.view is not None and _what_matters(view) == _what_matters(state.view):
+        return state
+    effects.append(PublishView(view=view))
+    return replace(state, view=view, version=view.version)
+
+
+def _serving_replicas(state: ControllerState) -> Replicas:
+    serving = {name: host.serving for name, host in state.hosts.items()}
+    replicas = {
+        key: tuple(name for name in names if key in serving.get(name, ()))
+        for key, names in state.journal.target.items()
+    }
+    return _frozen({key: names for key, names in replicas.items() if names})
+
+
+def _takes_away(before: Replicas, after: Replicas) -> bool:
+    return any(not set(names) <= set(after.get(key, ())) for key, names in before.items())
+
+
+def _what_matters(view: ClusterView) -> tuple[Placement, object, object, bool]:
+    """A view without the numbers that change every second."""
+    hosts = {name: (host.incarnation, host.address, host.state) for name, host in view.hosts.items()}
+    routers = {name: (router.address, router.pid, router.state) for name, router in view.routers.items()}
+    return view.placement, hosts, routers, view.draining
+
+
+def _with_host(state: ControllerState, name: str, host: HostState) -> ControllerState:
+    if state.hosts[name] is host:
+        return state
+    return replace(state, hosts=_frozen({**state.hosts, name: host}))
+
+
+def _frozen(mapping: Mapping[K, V]) -> Mapping[K, V]:
+    return MappingProxyType(mapping)

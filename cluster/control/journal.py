@@ -1,0 +1,107 @@
+"""The controller's journal on disk: one JSON file, replaced as a whole and synced; knows nothing of its use.
+
+A write that is cut short leaves the file of before. A file that cannot be understood is set aside, not trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from cluster.control.state import Journal, Replicas
+from experts.placement import ExpertKey
+
+FORMAT = 1
+
+
+class JournalFile:
+    """Reads and replaces the journal at `path`. Only one process writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> Journal | None:
+        """The last journal written; None when there is none or none that can be understood."""
+        if not self.path.exists():
+            return None
+        try:
+            return decode(json.loads(self.path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, IndexError):
+            os.replace(self.path, self.path.with_name(self.path.name + ".broken"))
+            return None
+
+    def write(self, journal: Journal) -> None:
+        """Make `journal` durable: when this returns, a crash of the machine keeps it. Raises OSError."""
+        fresh = self.path.with_name(self.path.name + ".new")
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump(encode(journal), file, separators=(",", ":"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, self.path)
+        _sync_folder(self.path.parent)
+
+    def remove(self) -> None:
+        """Forget everything; the cluster is over."""
+        for suffix in ("", ".new", ".broken"):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+
+
+def encode(journal: Journal) -> dict[str, Any]:
+    """The journal as JSON values."""
+    return {
+        "format": FORMAT,
+        "digest": journal.digest,
+        "term": journal.term,
+        "epoch": journal.epoch,
+        "port": journal.port,
+        "target": _encode_replicas(journal.target),
+        "replicas": _encode_replicas(journal.replicas),
+    }
+
+
+def decode(raw: Any) -> Journal:
+    """The inverse of `encode`. Raises ValueError, KeyError, TypeError or IndexError for anything else."""
+    if raw["format"] != FORMAT:
+        raise ValueError(f"journal format {raw['format']} is not known")
+    term, epoch, port = (int(raw[name]) for name in ("term", "epoch", "port"))
+    if term < 0 or epoch < 0 or not 0 <= port < 65536:
+        raise ValueError("the journal's numbers are out of range")
+    return Journal(
+        digest=str(raw["digest"]),
+        term=term,
+        epoch=epoch,
+        port=port,
+        target=_decode_replicas(raw["target"]),
+        replicas=_decode_replicas(raw["replicas"]),
+    )
+
+
+def _encode_replicas(replicas: Replicas) -> dict[str, Any]:
+    names = sorted({name for hosts in replicas.values() for name in hosts})
+    index = {name: position for position, name in enumerate(names)}
+    rows = [[layer, expert, [index[name] for name in hosts]] for (layer, expert), hosts in replicas.items()]
+    return {"hosts": names, "experts": rows}
+
+
+def _decode_replicas(raw: Mapping[str, Any]) -> Replicas:
+    names = [str(name) for name in raw["hosts"]]
+    replicas: dict[ExpertKey, tuple[str, ...]] = {}
+    for layer, expert, hosts in raw["experts"]:
+        if min(layer, expert, *hosts, 0) < 0:
+            raise ValueError("the journal holds a negative number")
+        replicas[(int(layer), int(expert))] = tuple(names[position] for position in hosts)
+    return MappingProxyType(replicas)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Without this the new name itself may be lost."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

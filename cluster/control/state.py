@@ -1,0 +1,186 @@
+"""What the controller knows, what happens to it, and what it wants done. Plain values; the rules are in core.
+
+Times are seconds of any clock that only runs forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from experts.placement import ClusterView, ExpertKey, Placement
+from experts.reports import HostOrder, HostReport, MemberReport
+
+Replicas = Mapping[ExpertKey, tuple[str, ...]]
+"""(layer, expert) → host names, as in a placement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The controller's patience, in seconds."""
+
+    lost_after: float = 3.0
+    """Without a report for so long, a host is lost and a member is gone."""
+    batch: float = 0.5
+    """Additions to the placement are published at most this often while hosts are still loading."""
+    restart_lost: float = 10.0
+    """A lost host is started again after this, should nobody else have done it."""
+    ensure_again: float = 20.0
+    """A host that was started and still says nothing is started once more after this."""
+    stall: float = 1.5
+    """A pause between ticks longer than this was the controller's own: nobody is blamed for it."""
+    alone: float = 60.0
+    """Without any router or ingress for so long, the cluster is not wanted any more."""
+    alone_at_start: float = 600.0
+    """The same before the first one came."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journal:
+    """What outlives the controller. `replicas` is the placement published under `epoch`, `target` what shall be.
+
+    `digest` names the settings that `target` was made from; `port` is that of the control listener.
+    """
+
+    digest: str
+    target: Replicas
+    term: int = 0
+    epoch: int = 0
+    replicas: Replicas = field(default_factory=lambda: MappingProxyType({}))
+    port: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostState:
+    """One wanted host. `serving` are the replicas of it that the placement may list.
+
+    `stream` names the connection that its reports come on; orders go there.
+    """
+
+    target: frozenset[ExpertKey]
+    start_at: float
+    """When to start it unless it reports before."""
+    report: HostReport | None = None
+    heard_at: float = 0.0
+    stream: int | None = None
+    lost: bool = False
+    serving: frozenset[ExpertKey] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberState:
+    """A router or an ingress that reports."""
+
+    report: MemberReport
+    heard_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerState:
+    """All of it. `view` is the last published one; None until the first.
+
+    `hold_until`: after a restart nothing is published before this, or before every host has reported, because a
+    view made from half of the reports would take serving replicas away.
+    """
+
+    journal: Journal
+    hosts: Mapping[str, HostState]
+    ticked_at: float
+    alone_since: float
+    hold_until: float
+    published_at: float = float("-inf")
+    members: Mapping[str, MemberState] = field(default_factory=lambda: MappingProxyType({}))
+    had_members: bool = False
+    view: ClusterView | None = None
+    version: int = 0
+    draining: bool = False
+    timing: Timing = field(default_factory=Timing)
+
+    @property
+    def placement(self) -> Placement:
+        """The published placement."""
+        return Placement(epoch=self.journal.epoch, replicas=self.journal.replicas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostReported:
+    """A host's report came on connection `stream`."""
+
+    report: HostReport
+    stream: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostGone:
+    """Connection `stream` of a host ended."""
+
+    name: str
+    stream: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberReported:
+    """A router's or ingress's report came."""
+
+    report: MemberReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberLeft:
+    """A router or an ingress said that it ends. One that only falls silent is given time."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrainAsked:
+    """No new requests from now on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """Time passed."""
+
+
+Event = HostReported | HostGone | MemberReported | MemberLeft | DrainAsked | Tick
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishView:
+    """Send `view` to every member."""
+
+    view: ClusterView
+
+
+@dataclass(frozen=True, kw_only=True)
+class SendOrder:
+    """Send `order` on connection `stream` of host `name`."""
+
+    name: str
+    stream: int
+    order: HostOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsureHost:
+    """Start the process of host `name` unless there is one."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteJournal:
+    """Make `journal` durable before any later effect."""
+
+    journal: Journal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leave:
+    """Nobody wants this cluster any more: end its hosts and the controller."""
+
+    reason: str
+
+
+Effect = PublishView | SendOrder | EnsureHost | WriteJournal | Leave

@@ -1,0 +1,120 @@
+"""What others get to see of the controller's state: the view for members and the status for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import MappingProxyType
+
+from cluster.control.state import ControllerState, HostState
+from experts.placement import ClusterView, HostInfo, IngressInfo, RouterInfo
+from experts.reports import ClusterStatus, ControllerInfo, HostReport, MemberKind, MemberReport
+
+
+def view_of(state: ControllerState, version: int) -> ClusterView:
+    """The view to publish: hosts that ever reported, routers that report, and the placement of the journal."""
+    hosts = {name: host_info(name, host) for name, host in state.hosts.items() if host.report is not None}
+    routers = {
+        name: router_info(member.report)
+        for name, member in state.members.items()
+        if member.report.kind is MemberKind.ROUTER
+    }
+    return ClusterView(
+        version=version,
+        placement=state.placement,
+        hosts=MappingProxyType(hosts),
+        routers=MappingProxyType(routers),
+        draining=state.draining,
+    )
+
+
+def status_of(state: ControllerState, name: str, controller: ControllerInfo) -> ClusterStatus:
+    """Everything, with the numbers of the last reports. `controller` carries what only the process knows."""
+    members = [member.report for _, member in sorted(state.members.items())]
+    wanted = sum(len(host.target) for host in state.hosts.values())
+    held = sum(len(_held(host) & host.target) for host in state.hosts.values())
+    hosts = [host_info(host_name, host) for host_name, host in state.hosts.items()]
+    inner = [report.inner_host for report in members if report.inner_host is not None]
+    return ClusterStatus(
+        name=name,
+        controller=replace(controller, epoch=state.journal.epoch, version=state.version, term=state.journal.term),
+        ingresses=tuple(_ingress_info(report) for report in members if report.kind is MemberKind.INGRESS),
+        routers=tuple(router_info(report) for report in members if report.kind is MemberKind.ROUTER),
+        hosts=(*hosts, *(_inner_host_info(report) for report in inner)),
+        replicas_held=held,
+        replicas_wanted=wanted,
+        draining=state.draining,
+        problems=tuple(_problems(state)),
+    )
+
+
+def host_info(name: str, host: HostState) -> HostInfo:
+    """A wanted host; with nothing but its name while it has never reported."""
+    report = host.report
+    if report is None:
+        return HostInfo(name=name, incarnation=0, address="", slots_target=len(host.target))
+    return replace(
+        _inner_host_info(report), state=host_phase(host), slots=len(_held(host)), slots_target=len(host.target)
+    )
+
+
+def host_phase(host: HostState) -> str:
+    """loading, ready or lost."""
+    if host.lost:
+        return "lost"
+    return "ready" if host.report is not None and host.target <= host.report.held else "loading"
+
+
+def router_info(report: MemberReport) -> RouterInfo:
+    return RouterInfo(
+        name=report.name,
+        address=report.address,
+        node=report.node,
+        pid=report.pid,
+        state=report.state,
+        running=report.running,
+        waiting=report.waiting,
+        metrics_address=report.metrics_address,
+    )
+
+
+def _ingress_info(report: MemberReport) -> IngressInfo:
+    return IngressInfo(
+        name=report.name,
+        node=report.node,
+        pid=report.pid,
+        http=report.http,
+        metrics_address=report.metrics_address,
+    )
+
+
+def _inner_host_info(report: HostReport) -> HostInfo:
+    return HostInfo(
+        name=report.name,
+        incarnation=report.incarnation,
+        address=report.address,
+        node=report.node,
+        pid=report.pid,
+        state="ready",
+        transport=report.transport,
+        slots=len(report.held),
+        slots_target=len(report.held),
+        rows_total=report.rows_total,
+        metrics_address=report.metrics_address,
+    )
+
+
+def _held(host: HostState) -> frozenset[tuple[int, int]]:
+    """A lost host holds nothing that anybody could use."""
+    return frozenset() if host.report is None or host.lost else host.report.held
+
+
+def _problems(state: ControllerState) -> Iterator[str]:
+    for name, host in state.hosts.items():
+        if host.lost:
+            yield f"host {name} is lost: no report for over {state.timing.lost_after:.0f} s"
+        if host.report is not None and host.report.problem:
+            yield f"host {name}: {host.report.problem}"
+    for name, member in sorted(state.members.items()):
+        if member.report.problem:
+            yield f"{member.report.kind} {name}: {member.report.problem}"
