@@ -1,0 +1,172 @@
+"""Turns requests, events and refusals into messages of `router.proto` and back. Knows nothing of calls or routers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+
+from experts.errors import ContextOverflow, InvalidInput, Overloaded
+from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
+from router.wire import router_pb2 as pb
+
+REFUSAL_KEY = "herd-refusal-bin"
+"""Trailing metadata key under which a `Refusal` travels."""
+
+MAX_SHOWN = 200
+"""Characters of a user's text that an error repeats: metadata is small."""
+
+SEED_MASK = (1 << 64) - 1
+
+REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+REASONS_BACK = {number: reason for reason, number in REASONS.items()}
+
+Refused = Overloaded | InvalidInput
+"""What a router may answer instead of taking a request; `ContextOverflow` is an `InvalidInput`."""
+
+
+def encode_submit(
+    *,
+    request_id: str,
+    attempt: int,
+    prompt_ids: Sequence[int],
+    emitted_ids: Sequence[int],
+    sampling: SamplingParams,
+    timeout_s: float,
+) -> pb.SubmitRequest:
+    """`timeout_s` is what is left of the request's time, rounded up to whole milliseconds."""
+    return pb.SubmitRequest(
+        request_id=request_id,
+        attempt=attempt,
+        prompt_ids=prompt_ids,
+        emitted_ids=emitted_ids,
+        sampling=pb.Sampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed & SEED_MASK,
+            max_tokens=sampling.max_tokens,
+            min_tokens=sampling.min_tokens,
+            ignore_eos=sampling.ignore_eos,
+            stop_token_ids=sampling.stop_token_ids,
+        ),
+        timeout_ms=math.ceil(max(timeout_s, 0.0) * 1000),
+    )
+
+
+def decode_sampling(message: pb.Sampling) -> SamplingParams:
+    """A negative seed arrives as its two's complement."""
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        seed=message.seed,
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        ignore_eos=message.ignore_eos,
+        stop_token_ids=tuple(message.stop_token_ids),
+    )
+
+
+def encode_events(events: Iterable[Event]) -> pb.SubmitResponse:
+    """One response for all `events`; a FinishEvent may only be the last of them."""
+    response = pb.SubmitResponse()
+    for event in events:
+        assert not response.HasField("finish"), "an event after the finish"
+        if isinstance(event, TokenEvent):
+            response.tokens.add(index=event.index, token_id=event.token_id)
+        else:
+            response.finish.CopyFrom(_encode_finish(event))
+    return response
+
+
+def decode_events(request_id: str, response: pb.SubmitResponse) -> tuple[tuple[TokenEvent, ...], FinishEvent | None]:
+    """Tokens of a response in their order, and the finish where it carries one."""
+    tokens = tuple(
+        TokenEvent(request_id=request_id, index=token.index, token_id=token.token_id) for token in response.tokens
+    )
+    if not response.HasField("finish"):
+        return tokens, None
+    return tokens, _decode_finish(request_id, response.finish)
+
+
+def _encode_finish(event: FinishEvent) -> pb.Finish:
+    return pb.Finish(
+        reason=REASONS[event.reason],
+        code=event.code,
+        message=event.message,
+        retry_after_s=event.retry_after_s,
+    )
+
+
+def _decode_finish(request_id: str, finish: pb.Finish) -> FinishEvent:
+    """A reason that this version does not know is an error that names it."""
+    reason = REASONS_BACK.get(finish.reason)
+    if reason is None:
+        return FinishEvent(
+            request_id=request_id,
+            reason=FinishReason.ERROR,
+            code="bad_response",
+            message=f"the router ended the request with the unknown reason {int(finish.reason)}",
+        )
+    return FinishEvent(
+        request_id=request_id,
+        reason=reason,
+        code=finish.code,
+        message=finish.message,
+        retry_after_s=finish.retry_after_s,
+    )
+
+
+def encode_refusal(error: Refused) -> bytes:
+    """The type and the parts of `error`; long texts of the user are shortened."""
+    return _refusal(error).SerializeToString()
+
+
+def _refusal(error: Refused) -> pb.Refusal:
+    if isinstance(error, Overloaded):
+        return pb.Refusal(overloaded=pb.Overloaded(what=error.what[:MAX_SHOWN], retry_after_s=error.retry_after_s))
+    if isinstance(error, ContextOverflow):
+        return pb.Refusal(
+            context_overflow=pb.ContextOverflow(
+                num_prompt_tokens=error.num_prompt_tokens,
+                num_output_tokens=error.num_output_tokens,
+                max_model_len=error.max_model_len,
+            )
+        )
+    return pb.Refusal(
+        invalid_input=pb.InvalidInput(
+            field=error.field[:MAX_SHOWN], value_json=_value_json(error.value), rule=error.rule[:MAX_SHOWN]
+        )
+    )
+
+
+def decode_refusal(data: bytes) -> Refused | None:
+    """The error that `encode_refusal` was given; None when this version does not know its kind."""
+    refusal = pb.Refusal.FromString(data)
+    kind = refusal.WhichOneof("kind")
+    if kind == "overloaded":
+        return Overloaded(refusal.overloaded.what, refusal.overloaded.retry_after_s)
+    if kind == "context_overflow":
+        overflow = refusal.context_overflow
+        return ContextOverflow(overflow.num_prompt_tokens, overflow.num_output_tokens, overflow.max_model_len)
+    if kind == "invalid_input":
+        invalid = refusal.invalid_input
+        return InvalidInput(invalid.field, json.loads(invalid.value_json), invalid.rule)
+    return None
+
+
+def _value_json(value: object) -> str:
+    """Plain short values travel as they are, anything else as its shortened description."""
+    if value is None or isinstance(value, bool | float):
+        return json.dumps(value)
+    if isinstance(value, str):
+        return json.dumps(value[:MAX_SHOWN])
+    if isinstance(value, int) and value.bit_length() <= 64:
+        return json.dumps(value)
+    return json.dumps(repr(value)[:MAX_SHOWN])
