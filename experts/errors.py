@@ -69,6 +69,7 @@ class Overloaded(HerdError):
     """A bounded queue is full; try again after `retry_after_s` seconds."""
 
     def __init__(self, what: str, retry_after_s: float) -> None:
+        self.what = what
         self.retry_after_s = retry_after_s
         super().__init__(f"{what}; try again in {retry_after_s:.0f} s")
 
@@ -88,10 +89,11 @@ class RouterLost(HerdError):
 
 
 class TransportError(HerdError):
-    """A shipment got no result. `host` is the name of the host it went to."""
+    """A shipment got no result. `host` is the name of the host it went to, `problem` what went wrong there."""
 
     def __init__(self, host: str, problem: str) -> None:
         self.host = host
+        self.problem = problem
         super().__init__(f"host {host}: {problem}")
 
 
