@@ -16,7 +16,7 @@ from router.engine.request import Request, SamplingParams
 from router.engine.scheduler import Piece
 from router.local_experts import LocalExperts
 from router.model.attention import KVStore
-from router.model.decoder import Decoder, RoutedExperts, StepOutput, run
+from router.model.decoder import Decoder, PackedBatch, RoutedExperts, StepOutput, run
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,20 @@ class Stepper:
         )
 
     def step(self, counts: dict[int, int]) -> StepOutput:
-        """One step: `counts[row]` more tokens of each named sequence. Pieces stop at chunk borders."""
+        """One step: `counts[row]` more tokens of each named sequence, computed unless lost."""
+        pieces = self.pieces(counts)
+        [output] = run(self.decoder.forward(self.pack(counts), self.store))
+        for index, piece in enumerate(pieces):
+            if index not in output.lost:
+                piece.request.num_computed += piece.count
+        return output
+
+    def pack(self, counts: dict[int, int]) -> PackedBatch:
+        chunk = self.decoder.config.chunk_size
+        return pack(self.pieces(counts), block_size=self.block_size, chunk_size=chunk, device=CPU)
+
+    def pieces(self, counts: dict[int, int]) -> list[Piece]:
+        """At most `counts[row]` tokens of each named sequence, stopping at its chunk's border."""
         pieces = []
         for row, count in counts.items():
             request = self.requests[row]
@@ -65,12 +78,7 @@ class Stepper:
             left = request.num_known - request.num_computed
             limit = left if chunk is None else min(left, chunk - request.num_computed % chunk)
             pieces.append(Piece(request=request, start=request.num_computed, count=min(count, limit)))
-        batch = pack(pieces, block_size=self.block_size, chunk_size=self.decoder.config.chunk_size, device=CPU)
-        [output] = run(self.decoder.forward(batch, self.store))
-        for index, piece in enumerate(pieces):
-            if index not in output.lost:
-                piece.request.num_computed += piece.count
-        return output
+        return pieces
 
 
 def all_logits(decoder: Decoder, ids: Sequence[int], counts: Iterable[int], block_size: int = 4) -> torch.Tensor:
