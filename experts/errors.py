@@ -7,6 +7,7 @@ HerdError
 ├── Overloaded                a bounded queue is full; says when to come back
 ├── ExpertUnavailable         no replica of an expert served before the request's deadline
 ├── RouterLost                the router of a request died or stopped, and nothing took over in time
+├── ControllerUnreachable     nobody answers at the controller's address
 └── TransportError            a shipment got no result
     ├── HostLost              the link to the host ended (EOF) or never was
     ├── DeadlinePassed        no answer by the shipment's deadline
@@ -41,15 +42,17 @@ class InvalidInput(HerdError, ValueError):
 
 
 class ContextOverflow(InvalidInput):
-    """The prompt (and what it asks for) is longer than the context. Lengths in tokens."""
+    """The prompt (and what it asks for) is longer than the context. Lengths in tokens; `field` held the prompt."""
 
-    def __init__(self, num_prompt_tokens: int, num_output_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self, num_prompt_tokens: int, num_output_tokens: int, max_model_len: int, field: str = "messages"
+    ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.num_output_tokens = num_output_tokens
         self.max_model_len = max_model_len
         asked = f" and asks for {num_output_tokens} more" if num_output_tokens else ""
         super().__init__(
-            "messages",
+            field,
             num_prompt_tokens,
             f"this model's maximum context length is {max_model_len} tokens; "
             f"the prompt has {num_prompt_tokens} tokens{asked}",
@@ -86,6 +89,14 @@ class ExpertUnavailable(HerdError):
 
 class RouterLost(HerdError):
     """The router of a request died or stopped, and no other took over in time."""
+
+
+class ControllerUnreachable(HerdError):
+    """Nobody answers at the controller's `address`, or there is none to ask. Serving goes on without it."""
+
+    def __init__(self, address: str, problem: str) -> None:
+        self.address = address
+        super().__init__(f"controller {address or '(no address)'}: {problem}")
 
 
 class TransportError(HerdError):
