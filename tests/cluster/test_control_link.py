@@ -278,6 +278,7 @@ def test_nonsense_on_the_wire_ends_only_its_own_stream(world: World) -> None:
 def test_a_report_of_unknown_kind_ends_only_its_own_stream(world: World) -> None:
     with grpc.insecure_channel(world.address) as channel:
         call = channel.stream_stream("/herd.control.v1.ControlService/AttendMember")
-        with pytest.raises(grpc.RpcError):
+        with pytest.raises(grpc.RpcError) as caught:
             list(call(iter([b"\x08\x63"]), timeout=PATIENCE_S))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert fetch_status(world.address).routers == ()
