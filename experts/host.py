@@ -1,0 +1,106 @@
+"""An expert host: holds experts in slots and computes shipments. Knows nothing of networks or placements.
+
+Shape letters: T rows, H hidden size. Only this file knows slots; everyone else names (layer, expert).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from experts.errors import HostFailed, NotHosted
+from experts.ffn import ExpertWeights, expert_ffn
+from experts.load import LoadSnapshot, LoadWindow
+from experts.placement import ExpertKey
+from experts.transport.base import Shipment
+
+log = logging.getLogger(__name__)
+
+
+class WeightSource(Protocol):
+    """Where a host gets experts from; called from several threads at once."""
+
+    def load(self, layer: int, expert: int) -> ExpertWeights: ...
+
+
+class ExpertHost:
+    """Experts in slots, and the one computation on them. Safe to use from several threads.
+
+    Computations run one after another (a process has one set of compute threads); loading and evicting never
+    wait for a computation nor hold one up.
+    """
+
+    def __init__(self, name: str, source: WeightSource) -> None:
+        self.name = name
+        self._source = source
+        self._slots: dict[ExpertKey, ExpertWeights] = {}
+        self._slots_lock = threading.Lock()
+        self._compute_lock = threading.Lock()
+        self._load = LoadWindow()
+
+    def load(self, key: ExpertKey) -> None:
+        """Read an expert into a slot; nothing happens when it is held. Raises CheckpointError."""
+        with self._slots_lock:
+            if key in self._slots:
+                return
+        weights = self._source.load(*key)
+        with self._slots_lock:
+            self._slots[key] = weights
+
+    def evict(self, key: ExpertKey) -> None:
+        """Free the slot of an expert, if it has one. A computation that already uses the weights finishes."""
+        with self._slots_lock:
+            self._slots.pop(key, None)
+
+    def held(self) -> frozenset[ExpertKey]:
+        """The experts in slots now."""
+        with self._slots_lock:
+            return frozenset(self._slots)
+
+    @property
+    def rows_total(self) -> int:
+        """Rows computed since the start."""
+        return self._load.snapshot().rows_total
+
+    def load_snapshot(self) -> LoadSnapshot:
+        """What was computed since the start."""
+        return self._load.snapshot()
+
+    def compute(self, shipment: Shipment) -> torch.Tensor:
+        """The experts' outputs for `shipment.rows_TH`, [T, H] in the same order and dtype.
+
+        Raises NotHosted naming every missing expert before anything is computed, and HostFailed when the
+        computation itself fails; the reason is then in this process's log and nowhere else.
+        """
+        weights = self._weights_of(shipment)
+        with self._compute_lock:
+            started = time.perf_counter()
+            try:
+                y_TH = _compute(shipment, weights)
+            except Exception as error:
+                log.exception("computing %d rows failed", shipment.rows_TH.shape[0])
+                raise HostFailed(self.name, "the computation failed; see the host's log") from error
+            self._load.record(shipment.segments, time.perf_counter() - started)
+        return y_TH
+
+    def _weights_of(self, shipment: Shipment) -> list[ExpertWeights]:
+        with self._slots_lock:
+            missing = {segment.key for segment in shipment.segments if segment.key not in self._slots}
+            if missing:
+                raise NotHosted(self.name, missing)
+            return [self._slots[segment.key] for segment in shipment.segments]
+
+
+def _compute(shipment: Shipment, weights: Sequence[ExpertWeights]) -> torch.Tensor:
+    y_TH = torch.empty_like(shipment.rows_TH)
+    begin = 0
+    for segment, expert in zip(shipment.segments, weights, strict=True):
+        end = begin + segment.num_rows
+        y_TH[begin:end] = expert_ffn(expert, shipment.rows_TH[begin:end])
+        begin = end
+    return y_TH

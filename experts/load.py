@@ -1,0 +1,53 @@
+"""The load that a host has seen: rows per (layer, expert) and compute time. No torch, no clock."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from experts.placement import ExpertKey
+
+if TYPE_CHECKING:
+    from experts.transport.base import Segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSnapshot:
+    """Counters since the window began; they only grow. `rows` has an entry for every expert ever computed."""
+
+    rows: Mapping[ExpertKey, int]
+    rows_total: int
+    num_shipments: int
+    compute_s: float
+
+
+class LoadWindow:
+    """Counts computed shipments; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows: dict[ExpertKey, int] = {}
+        self._num_shipments = 0
+        self._compute_s = 0.0
+
+    def record(self, segments: Iterable[Segment], seconds: float) -> None:
+        """Count one computed shipment of `segments` that took `seconds`."""
+        with self._lock:
+            for segment in segments:
+                self._rows[segment.key] = self._rows.get(segment.key, 0) + segment.num_rows
+            self._num_shipments += 1
+            self._compute_s += seconds
+
+    def snapshot(self) -> LoadSnapshot:
+        """The counters now, all of the same instant."""
+        with self._lock:
+            rows = dict(self._rows)
+            return LoadSnapshot(
+                rows=MappingProxyType(rows),
+                rows_total=sum(rows.values()),
+                num_shipments=self._num_shipments,
+                compute_s=self._compute_s,
+            )

@@ -1,0 +1,251 @@
+"""One link of the gRPC transport: the thread that connects to a host, reads its answers and connects again.
+
+It learns that its stream lives or has ended and knows nothing of deadlines passing: that is its transport's part.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+import torch
+
+from experts.errors import BadFrame, DeadlinePassed, HostLost, TransportError
+from experts.placement import HostInfo
+from experts.transport.base import Shipment, Ticket
+from experts.transport.grpc_options import client_options
+from experts.wire.codec import (
+    LinkTerms,
+    decode_error,
+    decode_result,
+    encode_hello,
+    encode_shipment,
+    message_bound,
+)
+from experts.wire.expert_pb2 import ExchangeRequest, ExchangeResponse
+from experts.wire.expert_pb2_grpc import ExpertHostServiceStub
+
+log = logging.getLogger(__name__)
+
+Outcome = torch.Tensor | TransportError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconnect:
+    """Seconds to wait after an attempt: `first_s` doubling up to `longest_s`; `refused_s` after a refused hello."""
+
+    first_s: float = 0.05
+    longest_s: float = 1.0
+    refused_s: float = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """What became of a ticket, as its link learnt it; HostLost when its stream ended."""
+
+    ticket: Ticket
+    host: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkSetup:
+    """What all links of a transport have in common."""
+
+    router_name: str
+    terms: LinkTerms
+    on_change: Callable[[], None]
+    arrived: queue.SimpleQueue[Arrival]
+    max_message_bytes: int
+    max_in_flight: int
+    reconnect: Reconnect
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outgoing:
+    ticket: Ticket
+    shipment: Shipment
+    deadline: float
+
+
+_Outbox = queue.SimpleQueue[_Outgoing | None]
+"""Shipments on their way to the stream; None ends it. Bounded by `max_in_flight`."""
+
+
+class _Refused(Exception):
+    """The two ends do not fit: another checkpoint, another host than was meant, another protocol."""
+
+
+class Link:
+    """The wish to reach one life of one host: a thread that connects, reads and connects again."""
+
+    def __init__(self, info: HostInfo, setup: LinkSetup) -> None:
+        self._info = info
+        self._setup = setup
+        self._host = info.name
+        self._thread = threading.Thread(target=self._run, name=f"link-{info.name}", daemon=True)
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        # Guarded by the lock. The outbox is there exactly while the link is up.
+        self._outbox: _Outbox | None = None
+        self._in_flight: dict[Ticket, int] = {}
+        self._call: grpc.Call | None = None
+        self._message_limit = 0
+        self._last_trouble = ""
+
+    @property
+    def is_up(self) -> bool:
+        return self._outbox is not None
+
+    def leads_to(self, info: HostInfo) -> bool:
+        """Whether this link is the one to hold to the host of `info`."""
+        return (self._info.incarnation, self._info.address) == (info.incarnation, info.address)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """End the link now; its thread ends soon."""
+        with self._lock:
+            self._closed.set()
+            call = self._call
+        self._end("no link is wanted any more")
+        if call is not None:
+            call.cancel()
+
+    def join(self) -> None:
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def send(self, ticket: Ticket, shipment: Shipment, deadline: float) -> TransportError | None:
+        """Queue `shipment`; the error, when that is not possible."""
+        num_bytes = message_bound(shipment)
+        with self._lock:
+            if self._outbox is None:
+                return HostLost(self._host, "not linked")
+            if num_bytes > self._message_limit:
+                return BadFrame(self._host, f"a message of {num_bytes} bytes, {self._message_limit} are allowed")
+            if len(self._in_flight) >= self._setup.max_in_flight:
+                return DeadlinePassed(self._host, f"{len(self._in_flight)} shipments are unanswered already")
+            self._in_flight[ticket] = shipment.rows_TH.shape[0]
+            self._outbox.put(_Outgoing(ticket=ticket, shipment=shipment, deadline=deadline))
+        return None
+
+    def _run(self) -> None:
+        reconnect = self._setup.reconnect
+        pause_s = reconnect.first_s
+        while not self._closed.is_set():
+            try:
+                was_up = self._converse()
+                pause_s = reconnect.first_s if was_up else min(2 * pause_s, reconnect.longest_s)
+            except _Refused as refusal:
+                self._report(f"the two ends do not fit: {refusal}")
+                pause_s = reconnect.refused_s
+            self._closed.wait(pause_s)
+
+    def _converse(self) -> bool:
+        """One stream from hello to end. Whether the link was up. Raises _Refused."""
+        outbox: _Outbox = queue.SimpleQueue()
+        channel = grpc.insecure_channel(self._info.address, options=client_options(self._setup.max_message_bytes))
+        try:
+            call = ExpertHostServiceStub(channel).Exchange(self._requests(outbox))
+            if not self._begin(call):
+                return False
+            # Waits as long as the connection lives: until it says hello, a host is as good as down.
+            for position, response in enumerate(call):
+                if position:
+                    self._take(response)
+                else:
+                    self._bring_up(response, outbox)
+            self._report("the host ended the stream")
+        except grpc.RpcError as error:
+            self._report(str(error.details()))
+        finally:
+            was_up = self._end("its stream ended")
+            outbox.put(None)
+            channel.close()
+        return was_up
+
+    def _requests(self, outbox: _Outbox) -> Iterator[ExchangeRequest]:
+        """What the stream sends; runs in a thread of gRPC's, which alone waits when the host takes nothing."""
+        yield encode_hello(self._setup.terms, self._setup.router_name)
+        while (out := outbox.get()) is not None:
+            yield encode_shipment(out.ticket, out.shipment, out.deadline - time.monotonic())
+
+    def _begin(self, call: grpc.Call) -> bool:
+        """Let `close` cancel `call`; False when it came first."""
+        with self._lock:
+            if self._closed.is_set():
+                call.cancel()
+                return False
+            self._call = call
+            return True
+
+    def _bring_up(self, first: ExchangeResponse, outbox: _Outbox) -> None:
+        """Check the host's first message and link up. Raises _Refused."""
+        if first.WhichOneof("payload") != "hello":
+            raise _Refused(first.error.message[:200] or "the first message is no hello")
+        hello = first.hello
+        if hello.host_name != self._host:
+            raise _Refused(f"host {hello.host_name!r} answers at {self._info.address}")
+        with self._lock:
+            if self._closed.is_set():
+                return
+            self._message_limit = min(self._setup.max_message_bytes, hello.max_message_bytes)
+            self._outbox = outbox
+        self._last_trouble = ""
+        self._notify()
+
+    def _take(self, response: ExchangeResponse) -> None:
+        """Pass an answer on. Raises _Refused when it is none."""
+        kind = response.WhichOneof("payload")
+        if kind not in ("result", "error"):
+            raise _Refused("it breaks the protocol")
+        seq = response.result.seq if kind == "result" else response.error.seq
+        with self._lock:
+            num_rows = self._in_flight.pop(seq, None)
+        if num_rows is None:
+            self._report(f"an answer to nothing that was asked: {response.error.message[:200]!r}")
+            return
+        outcome: Outcome
+        try:
+            if kind == "result":
+                outcome = decode_result(response.result, num_rows, self._setup.terms, self._host)
+            else:
+                outcome = decode_error(response.error, self._host)
+        except BadFrame as error:
+            outcome = error
+        self._setup.arrived.put(Arrival(ticket=seq, host=self._host, outcome=outcome))
+
+    def _end(self, reason: str) -> bool:
+        """Take the link down, if it is up, and fail what is in flight. Whether it was up."""
+        with self._lock:
+            was_up = self._outbox is not None
+            self._outbox = None
+            lost, self._in_flight = self._in_flight, {}
+        for ticket in lost:
+            self._setup.arrived.put(Arrival(ticket=ticket, host=self._host, outcome=HostLost(self._host, reason)))
+        if was_up:
+            self._notify()
+        return was_up
+
+    def _notify(self) -> None:
+        try:
+            self._setup.on_change()
+        except Exception:
+            # A listener's trouble must not end the link.
+            log.exception("on_change failed")
+
+    def _report(self, trouble: str) -> None:
+        """Log `trouble`, once while it lasts."""
+        if trouble != self._last_trouble and not self._closed.is_set():
+            log.warning("link to host %s at %s: %s", self._host, self._info.address, trouble)
+        self._last_trouble = trouble

@@ -1,0 +1,43 @@
+"""The gRPC settings that both ends of a link share, so that they fit each other."""
+
+from __future__ import annotations
+
+Options = list[tuple[str, int]]
+
+# A silent peer behind a broken network is given up after their sum; a stopped one is noticed much earlier, by the
+# deadlines of its shipments.
+_PING_EVERY_MS = 20_000
+_PING_TIMEOUT_MS = 10_000
+
+
+def client_options(max_message_bytes: int) -> Options:
+    """For a channel that carries one link. It never re-connects by itself: a link does, with a new channel."""
+    return [
+        *_common(max_message_bytes),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.service_config_disable_resolution", 1),
+        ("grpc.enable_retries", 0),
+        # Channels to one address would share a connection and its back-off.
+        ("grpc.use_local_subchannel_pool", 1),
+        # Also the time that one attempt to connect may take.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
+    ]
+
+
+def server_options(max_message_bytes: int) -> Options:
+    """For a listener. A taken port is an error, not a port shared by two processes."""
+    return [
+        *_common(max_message_bytes),
+        ("grpc.so_reuseport", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", _PING_EVERY_MS // 2),
+    ]
+
+
+def _common(max_message_bytes: int) -> Options:
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", _PING_EVERY_MS),
+        ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]

@@ -1,0 +1,182 @@
+"""The gRPC listener of an expert host: checks hellos, answers shipments. Knows nothing of slots or placements.
+
+The blocking server is used on purpose: one thread per stream answers sooner than an event loop does, and a host has
+few streams (one per router).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from experts.errors import BadFrame, DeadlinePassed, InvalidInput, TransportError
+from experts.host import ExpertHost
+from experts.transport.grpc_options import server_options
+from experts.wire.codec import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    LinkTerms,
+    decode_shipment,
+    encode_error,
+    encode_host_hello,
+    encode_mismatch,
+    encode_result,
+    mismatch,
+)
+from experts.wire.expert_pb2 import ExchangeRequest, ExchangeResponse
+from experts.wire.expert_pb2 import Shipment as ShipmentMessage
+from experts.wire.expert_pb2_grpc import add_ExpertHostServiceServicer_to_server
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MAX_STREAMS = 64
+
+
+def serve_expert_host(
+    host: ExpertHost,
+    *,
+    terms: LinkTerms,
+    incarnation: int,
+    bind: str,
+    ports: range | None = None,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    max_streams: int = DEFAULT_MAX_STREAMS,
+) -> ExpertHostServer:
+    """Listen on address `bind` and answer shipments with `host` until `stop`.
+
+    `ports`: the ports to try, in order; None lets the system choose. Raises InvalidInput when none is free.
+    `incarnation` names this life of the process. More than `max_streams` routers at a time are refused.
+    """
+    return ExpertHostServer(host, terms, incarnation, bind, ports, max_message_bytes, max_streams)
+
+
+class ExpertHostServer:
+    """A running listener. `address` is what it is bound to ("ip:port")."""
+
+    def __init__(
+        self,
+        host: ExpertHost,
+        terms: LinkTerms,
+        incarnation: int,
+        bind: str,
+        ports: range | None,
+        max_message_bytes: int,
+        max_streams: int,
+    ) -> None:
+        self._threads = ThreadPoolExecutor(max_streams, thread_name_prefix=f"expert-host-{host.name}")
+        self._server = grpc.server(
+            self._threads,
+            options=server_options(max_message_bytes),
+            maximum_concurrent_rpcs=max_streams,
+        )
+        self._exchange = _Exchange(host, terms, encode_host_hello(host.name, incarnation, max_message_bytes))
+        add_ExpertHostServiceServicer_to_server(self._exchange, self._server)
+        self.port = _bind(self._server, bind, ports)
+        self.address = _join(bind, self.port)
+        self._server.start()
+
+    @property
+    def num_links(self) -> int:
+        """Routers linked now: streams whose hello was accepted."""
+        return self._exchange.links.value
+
+    def stop(self, grace: float) -> None:
+        """Answer what is being computed (for at most `grace` seconds), then end all streams and the listener."""
+        self._exchange.drain(grace)
+        self._server.stop(None).wait()
+        self._threads.shutdown(wait=True)
+
+
+class _Exchange:
+    """The service: every stream runs `Exchange` in a thread of its own."""
+
+    def __init__(self, host: ExpertHost, terms: LinkTerms, hello: ExchangeResponse) -> None:
+        self._host = host
+        self._terms = terms
+        self._hello = hello
+        self._draining = False
+        self._busy = _Gauge()
+        self.links = _Gauge()
+
+    def Exchange(
+        self, requests: Iterator[ExchangeRequest], context: grpc.ServicerContext
+    ) -> Iterator[ExchangeResponse]:
+        first = next(requests, None)
+        if first is None or first.WhichOneof("payload") != "hello":
+            yield encode_error(0, BadFrame(context.peer(), "the first message must be a hello"))
+            return
+        difference = mismatch(first.hello, self._terms)
+        if difference:
+            log.warning("refused router %.80r: %s", first.hello.router_name, difference)
+            yield encode_mismatch(difference)
+            return
+        with self.links:
+            yield self._hello
+            yield from self._answers(requests, first.hello.router_name[:80])
+
+    def drain(self, grace: float) -> None:
+        """End each stream after its current answer; return when nothing is being computed, or after `grace`."""
+        self._draining = True
+        self._busy.wait_for_zero(grace)
+
+    def _answers(self, requests: Iterator[ExchangeRequest], router: str) -> Iterator[ExchangeResponse]:
+        for request in requests:
+            if request.WhichOneof("payload") != "shipment":
+                yield encode_error(0, BadFrame(router, "only shipments may follow the hello"))
+                return
+            # Busy until the answer is on its way: the generator resumes only then.
+            with self._busy:
+                yield self._answer(request.shipment, router)
+            if self._draining:
+                return
+
+    def _answer(self, message: ShipmentMessage, router: str) -> ExchangeResponse:
+        try:
+            if not message.deadline_ms:
+                raise DeadlinePassed(self._host.name, "the deadline had passed on arrival")
+            y_TH = self._host.compute(decode_shipment(message, self._terms, router))
+        except TransportError as error:
+            return encode_error(message.seq, error)
+        return encode_result(message.seq, y_TH)
+
+
+class _Gauge:
+    """How many threads are inside its `with` block now."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        self._add(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._add(-1)
+
+    def wait_for_zero(self, timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.value == 0, timeout)
+
+    def _add(self, change: int) -> None:
+        with self._changed:
+            self.value += change
+            self._changed.notify_all()
+
+
+def _bind(server: grpc.Server, bind: str, ports: range | None) -> int:
+    for port in (0,) if ports is None else ports:
+        try:
+            bound = server.add_insecure_port(_join(bind, port))
+        except RuntimeError:
+            continue
+        if bound:
+            return bound
+    tried = "any" if ports is None else f"{ports.start}-{ports.stop - 1}"
+    raise InvalidInput("host ports", tried, f"one of them must be free at address {bind}")
+
+
+def _join(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

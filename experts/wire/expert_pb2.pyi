@@ -1,0 +1,131 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[Dtype]
+    DTYPE_FLOAT32: _ClassVar[Dtype]
+    DTYPE_BFLOAT16: _ClassVar[Dtype]
+    DTYPE_FLOAT16: _ClassVar[Dtype]
+DTYPE_UNSPECIFIED: Dtype
+DTYPE_FLOAT32: Dtype
+DTYPE_BFLOAT16: Dtype
+DTYPE_FLOAT16: Dtype
+
+class ExchangeRequest(_message.Message):
+    __slots__ = ("hello", "shipment")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    SHIPMENT_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    shipment: Shipment
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., shipment: _Optional[_Union[Shipment, _Mapping]] = ...) -> None: ...
+
+class ExchangeResponse(_message.Message):
+    __slots__ = ("hello", "result", "error")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    hello: HostHello
+    result: Result
+    error: Error
+    def __init__(self, hello: _Optional[_Union[HostHello, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("protocol_version", "checkpoint_digest", "dtype", "hidden_size", "router_name")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_NAME_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    checkpoint_digest: str
+    dtype: Dtype
+    hidden_size: int
+    router_name: str
+    def __init__(self, protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., hidden_size: _Optional[int] = ..., router_name: _Optional[str] = ...) -> None: ...
+
+class HostHello(_message.Message):
+    __slots__ = ("host_name", "incarnation", "max_message_bytes")
+    HOST_NAME_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    host_name: str
+    incarnation: int
+    max_message_bytes: int
+    def __init__(self, host_name: _Optional[str] = ..., incarnation: _Optional[int] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
+
+class Segment(_message.Message):
+    __slots__ = ("layer", "expert", "num_rows")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    expert: int
+    num_rows: int
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., num_rows: _Optional[int] = ...) -> None: ...
+
+class Shipment(_message.Message):
+    __slots__ = ("seq", "epoch", "deadline_ms", "dtype", "num_rows", "hidden_size", "segments", "rows")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    epoch: int
+    deadline_ms: int
+    dtype: Dtype
+    num_rows: int
+    hidden_size: int
+    segments: _containers.RepeatedCompositeFieldContainer[Segment]
+    rows: bytes
+    def __init__(self, seq: _Optional[int] = ..., epoch: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., rows: _Optional[bytes] = ...) -> None: ...
+
+class Result(_message.Message):
+    __slots__ = ("seq", "dtype", "num_rows", "hidden_size", "rows")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    dtype: Dtype
+    num_rows: int
+    hidden_size: int
+    rows: bytes
+    def __init__(self, seq: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., rows: _Optional[bytes] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("seq", "kind", "missing", "message")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[Error.Kind]
+        KIND_NOT_HOSTED: _ClassVar[Error.Kind]
+        KIND_FAILED: _ClassVar[Error.Kind]
+        KIND_BAD_FRAME: _ClassVar[Error.Kind]
+        KIND_MISMATCH: _ClassVar[Error.Kind]
+        KIND_EXPIRED: _ClassVar[Error.Kind]
+    KIND_UNSPECIFIED: Error.Kind
+    KIND_NOT_HOSTED: Error.Kind
+    KIND_FAILED: Error.Kind
+    KIND_BAD_FRAME: Error.Kind
+    KIND_MISMATCH: Error.Kind
+    KIND_EXPIRED: Error.Kind
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    kind: Error.Kind
+    missing: _containers.RepeatedCompositeFieldContainer[Segment]
+    message: str
+    def __init__(self, seq: _Optional[int] = ..., kind: _Optional[_Union[Error.Kind, str]] = ..., missing: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., message: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,221 @@
+"""Messages and back: what goes in comes out bit for bit, and whatever else comes in is a BadFrame."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from expert_hosts import HIDDEN, make_shipment, make_terms
+from experts.errors import BadFrame, DeadlinePassed, HostFailed, NotHosted, TransportError
+from experts.transport.base import Segment, Shipment
+from experts.wire.codec import (
+    MAX_ROWS,
+    MAX_SEGMENTS,
+    LinkTerms,
+    decode_error,
+    decode_result,
+    decode_shipment,
+    encode_error,
+    encode_hello,
+    encode_mismatch,
+    encode_result,
+    encode_shipment,
+    message_bound,
+    mismatch,
+)
+from experts.wire.expert_pb2 import (
+    DTYPE_BFLOAT16,
+    DTYPE_FLOAT32,
+    DTYPE_UNSPECIFIED,
+    Error,
+    ExchangeRequest,
+    ExchangeResponse,
+)
+from google.protobuf.message import DecodeError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SETTINGS = settings(max_examples=150, deadline=None)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TERMS = make_terms()
+NUMBERS = st.one_of(st.integers(0, 40), st.integers(0, 2**32 - 1))
+
+
+@st.composite
+def shipments(draw: st.DrawFn) -> Shipment:
+    hidden = draw(st.integers(1, 9))
+    dtype = draw(st.sampled_from(DTYPES))
+    segments = draw(st.lists(st.builds(Segment, layer=NUMBERS, expert=NUMBERS, num_rows=st.integers(0, 5)), max_size=6))
+    num_rows = sum(segment.num_rows for segment in segments)
+    # Any bits, so also infinities and NaNs.
+    size = num_rows * hidden * dtype.itemsize
+    data = bytearray(draw(st.binary(min_size=size, max_size=size)))
+    flat = torch.frombuffer(data, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    return Shipment(segments=tuple(segments), rows_TH=flat.view(num_rows, hidden), epoch=draw(NUMBERS))
+
+
+def bits(x: torch.Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def over_the_wire(request: ExchangeRequest) -> ExchangeRequest:
+    return ExchangeRequest.FromString(request.SerializeToString())
+
+
+@SETTINGS
+@given(shipments(), st.integers(1, 2**64 - 1))
+def test_a_shipment_survives_the_wire(shipment: Shipment, seq: int) -> None:
+    terms = make_terms(shipment.rows_TH.dtype, hidden=shipment.rows_TH.shape[1])
+    request = encode_shipment(seq, shipment, 1.5)
+    assert request.ByteSize() <= message_bound(shipment)
+    message = over_the_wire(request).shipment
+    assert (message.seq, message.deadline_ms) == (seq, 1500)
+    decoded = decode_shipment(message, terms, "router")
+    assert (decoded.segments, decoded.epoch) == (shipment.segments, shipment.epoch)
+    assert (decoded.rows_TH.dtype, decoded.rows_TH.shape) == (shipment.rows_TH.dtype, shipment.rows_TH.shape)
+    assert bits(decoded.rows_TH) == bits(shipment.rows_TH)
+
+
+@SETTINGS
+@given(shipments(), st.integers(1, 2**64 - 1))
+def test_a_result_survives_the_wire(shipment: Shipment, seq: int) -> None:
+    rows_TH = shipment.rows_TH
+    terms = make_terms(rows_TH.dtype, hidden=rows_TH.shape[1])
+    message = ExchangeResponse.FromString(encode_result(seq, rows_TH).SerializeToString()).result
+    assert message.seq == seq
+    assert bits(decode_result(message, rows_TH.shape[0], terms, "host")) == bits(rows_TH)
+
+
+def test_rows_that_are_not_contiguous_are_sent_in_order() -> None:
+    whole = torch.arange(4.0 * 2 * HIDDEN).view(4, 2 * HIDDEN)
+    rows = whole[::2, ::2]
+    shipment = Shipment(segments=(Segment(layer=0, expert=0, num_rows=2),), rows_TH=rows)
+    decoded = decode_shipment(encode_shipment(1, shipment, 1.0).shipment, TERMS, "router")
+    assert torch.equal(decoded.rows_TH, rows)
+
+
+@pytest.mark.parametrize(
+    ("remaining_s", "deadline_ms"),
+    [(0.0001, 1), (0.0, 0), (-3.0, 0), (2.0, 2000), (1e12, 2**32 - 1), (math.inf, 2**32 - 1)],
+)
+def test_the_time_left_is_rounded_up_and_bounded(remaining_s: float, deadline_ms: int) -> None:
+    message = encode_shipment(1, make_shipment({(0, 0): 2}), remaining_s).shipment
+    assert message.deadline_ms == deadline_ms
+    assert bool(message.rows) == (remaining_s > 0)
+
+
+def test_a_hello_fits_only_its_own_terms() -> None:
+    hello = encode_hello(TERMS, "router").hello
+    assert mismatch(hello, TERMS) == ""
+    assert mismatch(hello, make_terms(digest="other")) == "checkpoint digest is weights-1, not other"
+    assert mismatch(hello, make_terms(torch.bfloat16)) == "dtype is torch.float32, not torch.bfloat16"
+    assert mismatch(hello, make_terms(hidden=9)) == f"hidden size is {HIDDEN}, not 9"
+    hello.protocol_version += 1
+    hello.dtype = DTYPE_UNSPECIFIED
+    assert "protocol version" in mismatch(hello, TERMS) and "dtype is None" in mismatch(hello, TERMS)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotHosted("host", [(1, 2), (3, 4)]),
+        HostFailed("host", "the computation failed"),
+        BadFrame("host", "odd bytes"),
+        DeadlinePassed("host", "too late"),
+    ],
+)
+def test_errors_survive_the_wire(error: TransportError) -> None:
+    message = ExchangeResponse.FromString(encode_error(7, error).SerializeToString()).error
+    assert message.seq == 7
+    decoded = decode_error(message, "host")
+    assert type(decoded) is type(error)
+    assert str(decoded) == str(error)
+    if isinstance(error, NotHosted) and isinstance(decoded, NotHosted):
+        assert decoded.missing == error.missing
+
+
+@pytest.mark.parametrize("kind", [Error.KIND_UNSPECIFIED, Error.KIND_MISMATCH, 77])
+def test_an_error_of_no_use_is_a_bad_frame(kind: Any) -> None:
+    assert isinstance(decode_error(Error(kind=kind, message="x" * 9999), "host"), BadFrame)
+    assert len(str(decode_error(Error(kind=kind, message="x" * 9999), "host"))) < 300
+    assert "no" in encode_mismatch("no").error.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dtype": DTYPE_BFLOAT16}, "rows of dtype torch.bfloat16 on a link of torch.float32"),
+        ({"dtype": DTYPE_UNSPECIFIED}, "rows of dtype 0"),
+        ({"dtype": 99}, "rows of dtype 99"),
+        ({"hidden_size": HIDDEN + 1}, f"rows of {HIDDEN + 1} numbers"),
+        ({"hidden_size": 0}, "rows of 0 numbers"),
+        ({"num_rows": 2}, "segments of 3 rows in a shipment of 2"),
+        ({"num_rows": 2**32 - 1}, "segments of 3 rows in a shipment of 4294967295"),
+        ({"rows": b""}, "0 bytes for 3 rows"),
+        ({"rows": bytes(3 * HIDDEN * 4 + 1)}, "97 bytes for 3 rows"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], told: str) -> None:
+    message = encode_shipment(1, make_shipment({(0, 0): 1, (0, 1): 2}), 1.0).shipment
+    for name, value in changes.items():
+        setattr(message, name, value)
+    with pytest.raises(BadFrame, match=told):
+        decode_shipment(message, TERMS, "router")
+
+
+def test_counts_are_bounded_before_anything_is_made() -> None:
+    message = encode_shipment(1, make_shipment({(0, 0): 1}), 1.0).shipment
+    message.segments[0].num_rows = message.num_rows = MAX_ROWS + 1
+    with pytest.raises(BadFrame, match=f"where {MAX_ROWS} are allowed"):
+        decode_shipment(message, TERMS, "router")
+    for _ in range(MAX_SEGMENTS):
+        message.segments.add()
+    with pytest.raises(BadFrame, match=f"where {MAX_SEGMENTS} are allowed"):
+        decode_shipment(message, TERMS, "router")
+
+
+def test_an_answer_of_another_length_is_refused() -> None:
+    message = encode_result(1, torch.zeros(3, HIDDEN)).result
+    with pytest.raises(BadFrame, match="3 rows in answer to 4"):
+        decode_result(message, 4, TERMS, "host")
+
+
+def decode_anything(data: bytes, terms: LinkTerms = TERMS) -> None:
+    """As both ends do it: parse, then decode; only BadFrame and the parser's own error may come of it."""
+    try:
+        request = ExchangeRequest.FromString(data)
+        mismatch(request.hello, terms)
+        decoded = decode_shipment(request.shipment, terms, "router")
+        assert decoded.rows_TH.nbytes == len(request.shipment.rows)
+    except (BadFrame, DecodeError):
+        pass
+    try:
+        response = ExchangeResponse.FromString(data)
+        assert isinstance(decode_error(response.error, "host"), TransportError)
+        decode_result(response.result, 2, terms, "host")
+    except (BadFrame, DecodeError):
+        pass
+
+
+@SETTINGS
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused_and_nothing_else(data: bytes) -> None:
+    decode_anything(data)
+
+
+@SETTINGS
+@given(shipments(), st.data())
+def test_mutated_frames_are_decoded_or_refused(shipment: Shipment, data: st.DataObject) -> None:
+    if data.draw(st.booleans()):
+        frame = bytearray(encode_shipment(3, shipment, 1.0).SerializeToString())
+    else:
+        frame = bytearray(encode_result(3, shipment.rows_TH).SerializeToString())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(frame) - 1))
+        cut = data.draw(st.integers(0, 3))
+        frame[place : place + cut] = data.draw(st.binary(max_size=3))
+        if not frame:
+            break
+    decode_anything(bytes(frame), make_terms(shipment.rows_TH.dtype, hidden=shipment.rows_TH.shape[1]))
