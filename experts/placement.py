@@ -59,6 +59,7 @@ class RouterInfo:
     running: int = 0
     waiting: int = 0
     metrics_address: str = ""
+    max_model_len: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

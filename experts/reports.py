@@ -53,6 +53,7 @@ class MemberReport:
 
     `address` is a router's Submit listener, `http` an ingress's URL. `view_version` and `view_epoch` are
     those of the last view it has. `inner_host` is the host inside a router that computes experts itself.
+    `max_model_len` is a router's limit on prompt and answer together, in tokens.
     """
 
     kind: MemberKind
@@ -69,6 +70,7 @@ class MemberReport:
     view_epoch: int = 0
     inner_host: HostReport | None = None
     problem: str = ""
+    max_model_len: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from experts.ffn import ExpertWeights, expert_ffn
+from experts.load import LoadWindow
 from experts.placement import ExpertKey
+from experts.transport.base import Segment
 from router.routed import Combined, Routing, RowGroups, group_rows, ungroup_rows
 
 
 class LocalExperts:
-    """Fulfils the decoder's `RoutedExperts` with weights held here. `record(key, rows)` counts what was computed."""
+    """Fulfils the decoder's `RoutedExperts` with weights held here; `load` counts what was computed."""
 
-    def __init__(
-        self,
-        weights: Mapping[ExpertKey, ExpertWeights],
-        record: Callable[[ExpertKey, int], None] | None = None,
-    ) -> None:
-        self._weights = weights
-        self._record = record
+    def __init__(self, weights: Mapping[ExpertKey, ExpertWeights]) -> None:
+        self.weights = weights
+        self.load = LoadWindow()
 
     def dispatch(self, layer: int, x_TH: torch.Tensor, routing: Routing) -> LocalPending:
         """Group the rows; they are computed when the result is asked for."""
@@ -29,12 +28,17 @@ class LocalExperts:
 
     def compute(self, layer: int, groups: RowGroups) -> torch.Tensor:
         """One matmul chain per touched expert, results in the groups' row order."""
-        parts = []
+        started = time.perf_counter()
         rows = torch.split(groups.rows_RH, list(groups.counts))
-        for expert, rows_TH in zip(groups.experts, rows, strict=True):
-            parts.append(expert_ffn(self._weights[layer, expert], rows_TH))
-            if self._record is not None:
-                self._record((layer, expert), rows_TH.shape[0])
+        parts = [
+            expert_ffn(self.weights[layer, expert], rows_TH)
+            for expert, rows_TH in zip(groups.experts, rows, strict=True)
+        ]
+        segments = [
+            Segment(layer=layer, expert=expert, num_rows=count)
+            for expert, count in zip(groups.experts, groups.counts, strict=True)
+        ]
+        self.load.record(segments, time.perf_counter() - started)
         return torch.cat(parts)
 
 

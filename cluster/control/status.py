@@ -75,6 +75,7 @@ def router_info(report: MemberReport) -> RouterInfo:
         running=report.running,
         waiting=report.waiting,
         metrics_address=report.metrics_address,
+        max_model_len=report.max_model_len,
     )
 
 

@@ -64,7 +64,7 @@ class HostOrder(_message.Message):
     def __init__(self, target: _Optional[_Union[HostOrder.Target, _Mapping]] = ..., retire: _Optional[bool] = ...) -> None: ...
 
 class MemberReport(_message.Message):
-    __slots__ = ("kind", "name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "http", "view_version", "view_epoch", "inner_host", "problem")
+    __slots__ = ("kind", "name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "http", "view_version", "view_epoch", "inner_host", "problem", "max_model_len")
     KIND_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class MemberReport(_message.Message):
     VIEW_EPOCH_FIELD_NUMBER: _ClassVar[int]
     INNER_HOST_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     kind: MemberKind
     name: str
     address: str
@@ -93,7 +94,8 @@ class MemberReport(_message.Message):
     view_epoch: int
     inner_host: HostReport
     problem: str
-    def __init__(self, kind: _Optional[_Union[MemberKind, str]] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., metrics_address: _Optional[str] = ..., http: _Optional[str] = ..., view_version: _Optional[int] = ..., view_epoch: _Optional[int] = ..., inner_host: _Optional[_Union[HostReport, _Mapping]] = ..., problem: _Optional[str] = ...) -> None: ...
+    max_model_len: int
+    def __init__(self, kind: _Optional[_Union[MemberKind, str]] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., metrics_address: _Optional[str] = ..., http: _Optional[str] = ..., view_version: _Optional[int] = ..., view_epoch: _Optional[int] = ..., inner_host: _Optional[_Union[HostReport, _Mapping]] = ..., problem: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("layer", "expert", "hosts")
@@ -142,7 +144,7 @@ class Host(_message.Message):
     def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., transport: _Optional[str] = ..., slots: _Optional[int] = ..., slots_target: _Optional[int] = ..., rows_total: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class Router(_message.Message):
-    __slots__ = ("name", "address", "node", "pid", "state", "running", "waiting", "metrics_address")
+    __slots__ = ("name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "max_model_len")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +153,7 @@ class Router(_message.Message):
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: str
     node: str
@@ -159,7 +162,8 @@ class Router(_message.Message):
     running: int
     waiting: int
     metrics_address: str
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    max_model_len: int
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., metrics_address: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
 class Ingress(_message.Message):
     __slots__ = ("name", "node", "pid", "http", "metrics_address")

@@ -99,6 +99,7 @@ def member_report_to_wire(report: MemberReport) -> pb.MemberReport:
         http=report.http,
         view_version=report.view_version,
         view_epoch=report.view_epoch,
+        max_model_len=report.max_model_len,
         inner_host=None if report.inner_host is None else host_report_to_wire(report.inner_host),
         problem=report.problem,
     )
@@ -122,6 +123,7 @@ def member_report_from_wire(message: pb.MemberReport) -> MemberReport:
         http=message.http,
         view_version=message.view_version,
         view_epoch=message.view_epoch,
+        max_model_len=message.max_model_len,
         inner_host=host_report_from_wire(message.inner_host) if message.HasField("inner_host") else None,
         problem=message.problem,
     )
@@ -250,6 +252,7 @@ def _router_to_wire(router: RouterInfo) -> pb.Router:
         running=router.running,
         waiting=router.waiting,
         metrics_address=router.metrics_address,
+        max_model_len=router.max_model_len,
     )
 
 
@@ -263,6 +266,7 @@ def _router_from_wire(message: pb.Router) -> RouterInfo:
         running=message.running,
         waiting=message.waiting,
         metrics_address=message.metrics_address,
+        max_model_len=message.max_model_len,
     )
 
 
