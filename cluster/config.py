@@ -1,0 +1,209 @@
+"""The settings of one cluster, from the command line or a Serve YAML, checked; knows no machine and no model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from experts.config import DTYPES
+from experts.errors import InvalidInput
+
+TRANSPORTS = ("grpc", "local")
+DEVICES = ("cpu", "cuda")
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?)(i?B)?", re.IGNORECASE)
+_PORTS = re.compile(r"(\d+)\s*-\s*(\d+)")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What `herd serve` was asked for. Sizes in bytes, times in seconds, port 0 means any free one.
+
+    `hosts` and `replicas` count for transport "grpc"; with "local" every router holds all experts itself.
+
+    `host_bind` is the address that expert hosts listen on, `host_advertise` the one that routers are told: an address,
+    or "address:A-B" whose ports stand for those of `host_ports` one by one. Empty: the node's own address.
+    """
+
+    model_dir: str
+    hosts: int = 1
+    replicas: int = 1
+    routers: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8000
+    transport: str = "grpc"
+    served_model_name: str = ""
+    dtype: str = "auto"
+    device: str = "cpu"
+    max_model_len: int | None = None
+    kv_memory: int = 2 << 30
+    max_batch_tokens: int = 1024
+    max_running: int = 64
+    max_waiting: int = 256
+    request_timeout_s: float = 600.0
+    ray_address: str | None = None
+    host_ports: tuple[int, int] | None = None
+    router_ports: tuple[int, int] | None = None
+    metrics_ports: tuple[int, int] | None = None
+    control_port: int = 0
+    host_bind: str = ""
+    host_advertise: str = ""
+    name: str = "herd"
+    state_dir: str = ""
+
+    def __post_init__(self) -> None:
+        _between("hosts", self.hosts, 1, 4096)
+        _between("routers", self.routers, 1, 1024)
+        _between("replicas", self.replicas, 1, self.hosts)
+        _between("port", self.port, 1, 65535)
+        _between("control-port", self.control_port, 0, 65535)
+        _between("max-batch-tokens", self.max_batch_tokens, 1, 1 << 20)
+        _between("max-running", self.max_running, 1, 1 << 16)
+        _between("max-waiting", self.max_waiting, 0, 1 << 20)
+        _between("kv-memory", self.kv_memory, 1 << 16, 1 << 50)
+        _one_of("transport", self.transport, TRANSPORTS)
+        _one_of("dtype", self.dtype, ("auto", *DTYPES))
+        _one_of("device", self.device, DEVICES)
+        if self.max_model_len is not None:
+            _between("max-model-len", self.max_model_len, 2, 1 << 31)
+        if not 0 < self.request_timeout_s <= 86400:
+            raise InvalidInput("request-timeout-s", self.request_timeout_s, "must be more than 0 and at most 86400")
+        if not _NAME.fullmatch(self.name):
+            raise InvalidInput("name", self.name, "must be letters, digits, '.', '_' or '-', at most 41")
+        if not self.model_dir:
+            raise InvalidInput("model_dir", self.model_dir, "must name a folder")
+        self._check_ports()
+
+    def _check_ports(self) -> None:
+        if self.host_ports is not None:
+            _between("host-ports", span(self.host_ports), self.hosts, 65535)
+        if self.router_ports is not None:
+            _between("router-ports", span(self.router_ports), self.routers, 65535)
+        _, ports = self.advertised()
+        if ports is not None and (self.host_ports is None or span(ports) != span(self.host_ports)):
+            raise InvalidInput("host-advertise", self.host_advertise, "its ports must be as many as host-ports")
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model: the name given, else the folder's."""
+        return self.served_model_name or self.model_dir.rstrip("/").rpartition("/")[2]
+
+    @property
+    def host_names(self) -> tuple[str, ...]:
+        """The names of the hosts; none where routers compute experts themselves."""
+        return tuple(f"host-{index}" for index in range(self.hosts)) if self.transport == "grpc" else ()
+
+    def advertised(self) -> tuple[str, tuple[int, int] | None]:
+        """`host_advertise` taken apart: address and ports."""
+        address, colon, ports = self.host_advertise.rpartition(":")
+        if not colon:
+            return self.host_advertise, None
+        return address, parse_ports("host-advertise", ports)
+
+    def digest(self) -> str:
+        """Names what shapes the cluster's hosts: processes of settings with other digests do not fit together."""
+        shaping = ("model_dir", "hosts", "replicas", "transport", "dtype", "device", "name")
+        chosen = {field: value for field, value in asdict(self).items() if field in shaping}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def parse_settings(raw: Mapping[str, Any]) -> ServeSettings:
+    """Settings from plain values, as a YAML or the command line has them; None means the default.
+
+    Names are those of ServeSettings, with "-" or "_". Raises InvalidInput naming field, value and rule.
+    """
+    known = {field.name for field in fields(ServeSettings)}
+    values: dict[str, Any] = {}
+    for given, value in raw.items():
+        name = str(given).replace("-", "_")
+        if name not in known:
+            raise InvalidInput(str(given), value, f"is not a setting; known are {', '.join(sorted(known))}")
+        if value is not None:
+            values[name] = _PARSERS.get(name, _text)(name.replace("_", "-"), value)
+    if "model_dir" not in values:
+        raise InvalidInput("model_dir", None, "must name a folder")
+    return ServeSettings(**values)
+
+
+def parse_size(field: str, value: object) -> int:
+    """Bytes, from a number or a text such as "2GiB", "500 MB" or "1.5G" (1024-based with or without the "i")."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise InvalidInput(field, value, "must be a size such as 500MiB or 2GiB")
+    return int(float(match[1]) * 2 ** _UNITS[match[2].upper()])
+
+
+def parse_ports(field: str, value: object) -> tuple[int, int]:
+    """A range of ports "A-B", both included, or one port."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = f"{value}-{value}"
+    if isinstance(value, list | tuple) and len(value) == 2:
+        value = f"{value[0]}-{value[1]}"
+    text = value if isinstance(value, str) else ""
+    match = _PORTS.fullmatch(text.strip() if "-" in text else f"{text}-{text}")
+    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 65535:
+        raise InvalidInput(field, value, "must be a range of ports A-B with 1 ≤ A ≤ B ≤ 65535")
+    return int(match[1]), int(match[2])
+
+
+def span(ports: tuple[int, int]) -> int:
+    """How many ports a range has."""
+    return ports[1] - ports[0] + 1
+
+
+def port_range(ports: tuple[int, int] | None) -> range | None:
+    """The ports to try, in order; None for any."""
+    return None if ports is None else range(ports[0], ports[1] + 1)
+
+
+def _integer(field: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise InvalidInput(field, value, "must be an integer")
+    try:
+        return int(value)
+    except ValueError:
+        raise InvalidInput(field, value, "must be an integer") from None
+
+
+def _number(field: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise InvalidInput(field, value, "must be a number")
+    try:
+        return float(value)
+    except ValueError:
+        raise InvalidInput(field, value, "must be a number") from None
+
+
+def _text(field: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise InvalidInput(field, value, "must be a text")
+    return value
+
+
+_PARSERS: dict[str, Callable[[str, object], Any]] = {
+    **dict.fromkeys(
+        ("hosts", "replicas", "routers", "port", "control_port", "max_model_len"),
+        _integer,
+    ),
+    **dict.fromkeys(("max_batch_tokens", "max_running", "max_waiting"), _integer),
+    **dict.fromkeys(("host_ports", "router_ports", "metrics_ports"), parse_ports),
+    "kv_memory": parse_size,
+    "request_timeout_s": _number,
+}
+
+
+def _between(field: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidInput(field, value, f"must be between {low} and {high}")
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidInput(field, value, f"must be one of {', '.join(allowed)}")
