@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from experts.config import DTYPES
@@ -16,7 +17,7 @@ TRANSPORTS = ("grpc", "local")
 DEVICES = ("cpu", "cuda")
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?)(i?B)?", re.IGNORECASE)
-_PORTS = re.compile(r"(\d+)\s*-\s*(\d+)")
+_PORTS = re.compile(r"(\d{1,5})(?:\s*-\s*(\d{1,5}))?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}")
 
 
@@ -30,7 +31,7 @@ class ServeSettings:
     or "address:A-B" whose ports stand for those of `host_ports` one by one. Empty: the node's own address.
     """
 
-    model_dir: str
+    model_dir: Path
     hosts: int = 1
     replicas: int = 1
     routers: int = 1
@@ -47,9 +48,9 @@ class ServeSettings:
     max_waiting: int = 256
     request_timeout_s: float = 600.0
     ray_address: str | None = None
-    host_ports: tuple[int, int] | None = None
-    router_ports: tuple[int, int] | None = None
-    metrics_ports: tuple[int, int] | None = None
+    host_ports: range | None = None
+    router_ports: range | None = None
+    metrics_ports: range | None = None
     control_port: int = 0
     host_bind: str = ""
     host_advertise: str = ""
@@ -75,30 +76,28 @@ class ServeSettings:
             raise InvalidInput("request-timeout-s", self.request_timeout_s, "must be more than 0 and at most 86400")
         if not _NAME.fullmatch(self.name):
             raise InvalidInput("name", self.name, "must be letters, digits, '.', '_' or '-', at most 41")
-        if not self.model_dir:
-            raise InvalidInput("model_dir", self.model_dir, "must name a folder")
         self._check_ports()
 
     def _check_ports(self) -> None:
         if self.host_ports is not None:
-            _between("host-ports", span(self.host_ports), self.hosts, 65535)
+            _at_least("host-ports", self.host_ports, self.hosts)
         if self.router_ports is not None:
-            _between("router-ports", span(self.router_ports), self.routers, 65535)
+            _at_least("router-ports", self.router_ports, self.routers)
         _, ports = self.advertised()
-        if ports is not None and (self.host_ports is None or span(ports) != span(self.host_ports)):
+        if ports is not None and (self.host_ports is None or len(ports) != len(self.host_ports)):
             raise InvalidInput("host-advertise", self.host_advertise, "its ports must be as many as host-ports")
 
     @property
     def model_name(self) -> str:
         """What clients call the model: the name given, else the folder's."""
-        return self.served_model_name or self.model_dir.rstrip("/").rpartition("/")[2]
+        return self.served_model_name or self.model_dir.name
 
     @property
     def host_names(self) -> tuple[str, ...]:
         """The names of the hosts; none where routers compute experts themselves."""
         return tuple(f"host-{index}" for index in range(self.hosts)) if self.transport == "grpc" else ()
 
-    def advertised(self) -> tuple[str, tuple[int, int] | None]:
+    def advertised(self) -> tuple[str, range | None]:
         """`host_advertise` taken apart: address and ports."""
         address, colon, ports = self.host_advertise.rpartition(":")
         if not colon:
@@ -109,7 +108,7 @@ class ServeSettings:
         """Names what shapes the cluster's hosts: processes of settings with other digests do not fit together."""
         shaping = ("model_dir", "hosts", "replicas", "transport", "dtype", "device", "name")
         chosen = {field: value for field, value in asdict(self).items() if field in shaping}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def parse_settings(raw: Mapping[str, Any]) -> ServeSettings:
@@ -124,7 +123,7 @@ def parse_settings(raw: Mapping[str, Any]) -> ServeSettings:
         if name not in known:
             raise InvalidInput(str(given), value, f"is not a setting; known are {', '.join(sorted(known))}")
         if value is not None:
-            values[name] = _PARSERS.get(name, _text)(name.replace("_", "-"), value)
+            values[name] = _PARSERS.get(name, _text)(name if name == "model_dir" else name.replace("_", "-"), value)
     if "model_dir" not in values:
         raise InvalidInput("model_dir", None, "must name a folder")
     return ServeSettings(**values)
@@ -140,27 +139,15 @@ def parse_size(field: str, value: object) -> int:
     return int(float(match[1]) * 2 ** _UNITS[match[2].upper()])
 
 
-def parse_ports(field: str, value: object) -> tuple[int, int]:
-    """A range of ports "A-B", both included, or one port."""
+def parse_ports(field: str, value: object) -> range:
+    """The ports of "A-B", both included, or of one number."""
     if isinstance(value, int) and not isinstance(value, bool):
-        value = f"{value}-{value}"
-    if isinstance(value, list | tuple) and len(value) == 2:
-        value = f"{value[0]}-{value[1]}"
-    text = value if isinstance(value, str) else ""
-    match = _PORTS.fullmatch(text.strip() if "-" in text else f"{text}-{text}")
-    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 65535:
+        value = str(value)
+    match = _PORTS.fullmatch(value.strip()) if isinstance(value, str) else None
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last <= 65535:
         raise InvalidInput(field, value, "must be a range of ports A-B with 1 ≤ A ≤ B ≤ 65535")
-    return int(match[1]), int(match[2])
-
-
-def span(ports: tuple[int, int]) -> int:
-    """How many ports a range has."""
-    return ports[1] - ports[0] + 1
-
-
-def port_range(ports: tuple[int, int] | None) -> range | None:
-    """The ports to try, in order; None for any."""
-    return None if ports is None else range(ports[0], ports[1] + 1)
+    return range(first, last + 1)
 
 
 def _integer(field: str, value: object) -> int:
@@ -187,6 +174,13 @@ def _text(field: str, value: object) -> str:
     return value
 
 
+def _folder(field: str, value: object) -> Path:
+    text = str(value) if isinstance(value, Path) else _text(field, value)
+    if not text or "\0" in text:
+        raise InvalidInput(field, value, "must name a folder")
+    return Path(text).absolute()
+
+
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
     **dict.fromkeys(
         ("hosts", "replicas", "routers", "port", "control_port", "max_model_len"),
@@ -194,6 +188,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     ),
     **dict.fromkeys(("max_batch_tokens", "max_running", "max_waiting"), _integer),
     **dict.fromkeys(("host_ports", "router_ports", "metrics_ports"), parse_ports),
+    "model_dir": _folder,
     "kv_memory": parse_size,
     "request_timeout_s": _number,
 }
@@ -202,6 +197,11 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
 def _between(field: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise InvalidInput(field, value, f"must be between {low} and {high}")
+
+
+def _at_least(field: str, ports: range, count: int) -> None:
+    if len(ports) < count:
+        raise InvalidInput(field, f"{ports[0]}-{ports[-1]}", f"must be at least {count} ports")
 
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
