@@ -120,11 +120,11 @@ class RouterProcess:
 
     def __init__(self, settings: ServeSettings, *, name: str, node: str, bind: str, resolve: Callable[[], str]) -> None:
         self.name = name
-        self.model = open_model(settings.model_dir, settings.dtype)
+        self.model = open_model(Path(settings.model_dir), settings.dtype)
         self.experts = self._experts(settings)
         available = self.experts.available if isinstance(self.experts, RemoteExperts) else _always
         self.engine = build_engine(self.model, settings, self.experts, available)
-        self.server = RouterServer(self.engine, bind=bind, ports=settings.router_ports)
+        self.server = RouterServer(self.engine, bind=bind, ports=port_range(settings.router_ports))
         self.link = MemberLink(resolve=resolve, report=self.report, on_view=self._use)
         self.metrics_address = ""
         self._node = node
@@ -192,6 +192,11 @@ class RouterProcess:
         self.server.stop()
         if isinstance(self.experts, RemoteExperts):
             self.experts.transport.close()
+
+
+def port_range(ports: tuple[int, int] | None) -> range | None:
+    """First and last port as a range; None stays None: any port."""
+    return None if ports is None else range(ports[0], ports[1] + 1)
 
 
 def _always(_missing: frozenset[ExpertKey]) -> bool:
