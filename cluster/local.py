@@ -124,7 +124,7 @@ class RouterProcess:
         self.experts = self._experts(settings)
         available = self.experts.available if isinstance(self.experts, RemoteExperts) else _always
         self.engine = build_engine(self.model, settings, self.experts, available)
-        self.server = RouterServer(self.engine, bind=bind, ports=port_range(settings.router_ports))
+        self.server = RouterServer(self.engine, bind=bind, ports=settings.router_ports)
         self.link = MemberLink(resolve=resolve, report=self.report, on_view=self._use)
         self.metrics_address = ""
         self._node = node
@@ -192,11 +192,6 @@ class RouterProcess:
         self.server.stop()
         if isinstance(self.experts, RemoteExperts):
             self.experts.transport.close()
-
-
-def port_range(ports: tuple[int, int] | None) -> range | None:
-    """First and last port as a range; None stays None: any port."""
-    return None if ports is None else range(ports[0], ports[1] + 1)
 
 
 def _always(_missing: frozenset[ExpertKey]) -> bool:
