@@ -116,9 +116,7 @@ def make_tiny(kind: str, out: Path, *, seed: int = 0, shards: int = 2, steerable
     if not 1 <= shards <= len(shapes):
         raise InvalidInput("shards", shards, f"must lie between 1 and {len(shapes)}, the number of tensors")
     _claim_folder(out)
-    weights = random_weights(
-        shapes, seed=seed, control_ids=tokenizer.control_ids, end_names=frozenset((EOS, EOM, EOT))
-    )
+    weights = random_weights(shapes, seed=seed, control_ids=tokenizer.control_ids, end_names=frozenset((EOS, EOM, EOT)))
     num_experts = config["text_config"]["num_local_experts"]
     if steerable:
         steer(weights, num_experts=num_experts, control_ids=tokenizer.control_ids)

@@ -18,8 +18,8 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_PASSES = 1_000_000
-"""Passes through loop and macro bodies in one rendering: some seconds at worst."""
+MAX_PASSES = 300_000
+"""Passes through loop and macro bodies in one rendering: seconds at worst, and 2,048 messages of 128 parts fit."""
 
 MAX_CHARS = 64 * 1024 * 1024
 """Characters of one rendering, and of one multiplication: more than any context holds."""

@@ -29,7 +29,7 @@ class Literals:
         # A template may ask tojson for ASCII only; then the private character arrives escaped.
         back |= {_json_escape(char): text for char, text in back.items()}
         self._back = back
-        self._pattern = re.compile("|".join(map(re.escape, back))) if back else None
+        self._pattern = re.compile(_any_of(frozenset(back)))
 
     def protect(self, value: Any) -> Any:
         """A copy of the JSON-like `value` whose strings, and keys of mappings, hold no special-token text."""
@@ -46,8 +46,6 @@ class Literals:
 
     def restore(self, text: str) -> str:
         """`text` with what users wrote in the place of private characters."""
-        if self._pattern is None:
-            return text
         return self._pattern.sub(lambda match: self._back[match.group()], text)
 
 
@@ -55,10 +53,9 @@ class SpecialTexts:
     """The special tokens' texts of a tokenizer, and where they (or the start of one) occur in a text."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        # Longest first: where one special token's text begins with another's, the tokenizer takes the longer.
-        ordered = sorted(texts, key=lambda text: (-len(text), text))
-        self._whole = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-        self._starts = frozenset(text[:end] for text in ordered for end in range(1, len(text)))
+        known = frozenset(texts)
+        self._whole = re.compile(_any_of(known))
+        self._starts = frozenset(text[:end] for text in known for end in range(1, len(text)))
         self._longest_start = max(map(len, self._starts), default=0)
 
     def split(self, text: str) -> Iterator[tuple[str, str]]:
@@ -90,6 +87,32 @@ class SpecialTexts:
             if text[-length:] in self._starts:
                 return text[-length:]
         return ""
+
+
+def _any_of(texts: frozenset[str]) -> str:
+    """A pattern for the longest of `texts` that begins at a place; the tokenizer, too, prefers the longest.
+
+    Common beginnings are tried once: checkpoints have thousands of special tokens that begin with `<|`.
+    """
+    if not texts:
+        return "(?!)"
+    shared = _common_beginning(min(texts), max(texts))
+    rests = {text[len(shared) :] for text in texts}
+    branches: dict[str, set[str]] = {}
+    for rest in rests - {""}:
+        branches.setdefault(rest[0], set()).add(rest)
+    if not branches:
+        return re.escape(shared)
+    rest_pattern = "|".join(_any_of(frozenset(group)) for _, group in sorted(branches.items()))
+    return f"{re.escape(shared)}(?:{rest_pattern}){'?' if '' in rests else ''}"
+
+
+def _common_beginning(first: str, last: str) -> str:
+    """What `first`, `last` and so all texts between them in sorted order begin with."""
+    length = 0
+    while length < len(first) and first[length] == last[length]:
+        length += 1
+    return first[:length]
 
 
 def _strings(value: Any) -> Iterator[str]:
