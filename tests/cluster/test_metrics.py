@@ -1,0 +1,128 @@
+"""Each process's Prometheus page: names by the book, numbers as counted, a port of its own."""
+
+import socket
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.metrics import (
+    Families,
+    HostNumbers,
+    IngressNumbers,
+    MetricsPage,
+    RouterNumbers,
+    controller_families,
+    host_families,
+    ingress_families,
+    router_families,
+)
+from experts.errors import InvalidInput
+from experts.load import LoadSnapshot
+from experts.placement import HostInfo
+from experts.reports import ClusterStatus, ControllerInfo
+from router.dispatch import DispatchStats
+from router.engine.engine import EngineStats
+
+LOAD = LoadSnapshot(rows={(1, 0): 5, (3, 2): 7}, rows_total=12, num_shipments=4, compute_s=0.25)
+HOST = HostNumbers(load=LOAD, slots=8, held_bytes=4096)
+ROUTER = RouterNumbers(
+    engine=EngineStats(steps=3, step_s=1.5, prompt_tokens=10, output_tokens=6, finished=Counter({"stop": 2})),
+    running=1,
+    waiting=2,
+    parked=3,
+    kv_use=0.5,
+    dispatch=DispatchStats(shipments=9, resends=1, failures={"HostLost": 1}),
+)
+STATUS = ClusterStatus(
+    controller=ControllerInfo(epoch=4, term=2),
+    hosts=(
+        HostInfo(name="a", incarnation=1, address="", state="ready"),
+        HostInfo(name="b", incarnation=1, address="", state="lost"),
+    ),
+    replicas_held=3,
+    replicas_wanted=6,
+)
+
+
+@pytest.fixture
+def scrape() -> Iterator[Callable[[Callable[[], Families]], dict[str, float]]]:
+    """Serve families, read the page back over HTTP: "name{label=value}" → number."""
+    pages: list[MetricsPage] = []
+
+    def read(families: Callable[[], Families]) -> dict[str, float]:
+        page = MetricsPage(families, bind="127.0.0.1")
+        pages.append(page)
+        with urllib.request.urlopen(f"http://{page.address}/metrics", timeout=20) as response:
+            text = response.read().decode()
+        values = {}
+        for family in text_string_to_metric_families(text):
+            assert ":" not in family.name
+            assert family.documentation
+            for sample in family.samples:
+                if family.type == "counter":
+                    assert sample.name.endswith("_total")
+                labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+                values[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+        return values
+
+    yield read
+    for page in pages:
+        page.close()
+
+
+Scrape = Callable[[Callable[[], Families]], dict[str, float]]
+
+
+def test_a_host_shows_rows_per_expert(scrape: Scrape) -> None:
+    values = scrape(lambda: host_families(HOST))
+    assert values["herd_host_rows_total{expert=2,layer=3}"] == 7
+    assert values["herd_host_compute_seconds_total"] == 0.25
+    assert values["herd_host_slots"] == 8
+    assert values["herd_host_held_bytes"] == 4096
+    assert "process_resident_memory_bytes" in values
+
+
+def test_a_router_shows_requests_tokens_and_shipments(scrape: Scrape) -> None:
+    values = scrape(lambda: router_families(ROUTER))
+    assert values["herd_router_requests_finished_total{reason=stop}"] == 2
+    assert values["herd_router_requests{state=parked}"] == 3
+    assert values["herd_router_output_tokens_total"] == 6
+    assert values["herd_router_resends_total"] == 1
+    assert values["herd_router_shipment_failures_total{error=HostLost}"] == 1
+    assert not any(name.startswith("herd_host") for name in values)
+
+
+def test_a_router_that_computes_itself_shows_its_inner_host(scrape: Scrape) -> None:
+    numbers = RouterNumbers(engine=EngineStats(), running=0, waiting=0, parked=0, kv_use=0.0, inner=HOST)
+    values = scrape(lambda: router_families(numbers))
+    assert values["herd_host_rows_total{expert=0,layer=1}"] == 5
+    assert "herd_router_shipments_total" not in values
+
+
+def test_an_ingress_shows_responses(scrape: Scrape) -> None:
+    values = scrape(lambda: ingress_families(IngressNumbers(responses={200: 3, 404: 1}, active=2)))
+    assert values["herd_ingress_responses_total{status=404}"] == 1
+    assert values["herd_ingress_active_requests"] == 2
+
+
+def test_the_controller_shows_hosts_by_state(scrape: Scrape) -> None:
+    values = scrape(lambda: controller_families(STATUS))
+    assert values["herd_controller_hosts{state=ready}"] == values["herd_controller_hosts{state=lost}"] == 1
+    assert values["herd_controller_hosts{state=loading}"] == 0
+    assert values["herd_controller_epoch"] == 4
+    assert (values["herd_controller_replicas_held"], values["herd_controller_replicas_wanted"]) == (3, 6)
+
+
+def test_pages_take_ports_of_their_range_and_never_share_one() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    page = MetricsPage(lambda: (), bind="127.0.0.1", ports=range(port, port + 1))
+    assert page.address == f"127.0.0.1:{port}"
+    with pytest.raises(InvalidInput) as caught:
+        MetricsPage(lambda: (), bind="127.0.0.1", ports=range(port, port + 1))
+    assert caught.value.field == "metrics-ports"
+    page.close()
