@@ -83,11 +83,16 @@ class ExpertHostServer:
         """Routers linked now: streams whose hello was accepted."""
         return self._exchange.links.value
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a shipment is being computed or answered now."""
+        return self._exchange.busy.value > 0
+
     def stop(self, grace: float) -> None:
         """Answer what is being computed (for at most `grace` seconds), then end all streams and the listener."""
-        self._exchange.drain(grace)
+        idle = self._exchange.drain(grace)
         self._server.stop(None).wait()
-        self._threads.shutdown(wait=True)
+        self._threads.shutdown(wait=idle)
 
 
 class _Exchange:
@@ -98,7 +103,7 @@ class _Exchange:
         self._terms = terms
         self._hello = hello
         self._draining = False
-        self._busy = _Gauge()
+        self.busy = _Gauge()
         self.links = _Gauge()
 
     def Exchange(
@@ -117,10 +122,11 @@ class _Exchange:
             yield self._hello
             yield from self._answers(requests, first.hello.router_name[:80])
 
-    def drain(self, grace: float) -> None:
-        """End each stream after its current answer; return when nothing is being computed, or after `grace`."""
+    def drain(self, grace: float) -> bool:
+        """End each stream after its current answer; wait until nothing is being computed, at most `grace` seconds.
+        Whether nothing is."""
         self._draining = True
-        self._busy.wait_for_zero(grace)
+        return self.busy.wait_for_zero(grace)
 
     def _answers(self, requests: Iterator[ExchangeRequest], router: str) -> Iterator[ExchangeResponse]:
         for request in requests:
@@ -128,7 +134,7 @@ class _Exchange:
                 yield encode_error(0, BadFrame(router, "only shipments may follow the hello"))
                 return
             # Busy until the answer is on its way: the generator resumes only then.
-            with self._busy:
+            with self.busy:
                 yield self._answer(request.shipment, router)
             if self._draining:
                 return

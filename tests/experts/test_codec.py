@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 from expert_hosts import HIDDEN, make_shipment, make_terms
+from google.protobuf.message import DecodeError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from experts.errors import BadFrame, DeadlinePassed, HostFailed, NotHosted, TransportError
 from experts.transport.base import Segment, Shipment
 from experts.wire.codec import (
@@ -27,15 +31,11 @@ from experts.wire.codec import (
 )
 from experts.wire.expert_pb2 import (
     DTYPE_BFLOAT16,
-    DTYPE_FLOAT32,
     DTYPE_UNSPECIFIED,
     Error,
     ExchangeRequest,
     ExchangeResponse,
 )
-from google.protobuf.message import DecodeError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SETTINGS = settings(max_examples=150, deadline=None)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

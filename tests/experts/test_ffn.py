@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from experts.ffn import ExpertWeights, expert_ffn
 
 H, F = 5, 3

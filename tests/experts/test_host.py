@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from expert_hosts import EXPERT_SIZE, HIDDEN, PATIENCE_S, Experts, assert_answers, make_shipment
+
 from experts.errors import CheckpointError, HostFailed, NotHosted
 from experts.ffn import ExpertWeights
 from experts.host import ExpertHost

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
+
 from experts.errors import TransportError
 from experts.ffn import ExpertWeights
 from experts.host import ExpertHost
