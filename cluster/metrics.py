@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from threading import Thread
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
@@ -19,8 +20,11 @@ from prometheus_client.registry import Collector
 from experts.errors import InvalidInput
 from experts.load import LoadSnapshot
 from experts.reports import ClusterStatus
-from router.dispatch import DispatchStats
-from router.engine.engine import EngineStats
+
+if TYPE_CHECKING:
+    # At run time only their attributes are read: the controller's page must not load torch.
+    from router.dispatch import DispatchStats
+    from router.engine.engine import EngineStats
 
 Families = Iterable[Metric]
 

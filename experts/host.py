@@ -63,6 +63,12 @@ class ExpertHost:
             return frozenset(self._slots)
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of the weights in slots now."""
+        with self._slots_lock:
+            return sum(weights.num_bytes for weights in self._slots.values())
+
+    @property
     def rows_total(self) -> int:
         """Rows computed since the start."""
         return self._load.snapshot().rows_total

@@ -1,0 +1,168 @@
+"""The process of one expert host: listener, loading and evicting as ordered, reports, and the end when nobody cares.
+
+Knows nothing of Ray; whoever starts it says how it leaves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from cluster.config import ServeSettings
+from cluster.local import open_model
+from cluster.metrics import HostNumbers, MetricsPage, host_families
+from cluster.topology import Role, advertised_host, needs
+from experts.errors import HerdError
+from experts.grpc_control import HostLink
+from experts.host import ExpertHost
+from experts.placement import ExpertKey
+from experts.reports import HostOrder, HostReport
+from experts.transport.grpc_server import serve_expert_host
+
+ORPHAN_S = 60.0
+"""Without the controller and without any router for so long, nobody will ever come back for this host."""
+FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
+STOP_GRACE_S = 2.0
+
+log = logging.getLogger(__name__)
+
+
+class HostProcess:
+    """An expert host with all its parts. `resolve` gives the controller's address; `leave` ends the process for good
+    and is called at most once, from a thread of this object."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        *,
+        name: str,
+        node: str,
+        bind: str,
+        resolve: Callable[[], str],
+        leave: Callable[[], None],
+        orphan_s: float = ORPHAN_S,
+    ) -> None:
+        """Listens at once, holding nothing. Raises CheckpointError and InvalidInput."""
+        torch.set_num_threads(needs(settings, Role.HOST).threads)
+        self.name = name
+        model = open_model(settings.model_dir, settings.dtype)
+        self.host = ExpertHost(name, model.store())
+        self.incarnation = time.time_ns()
+        bind = settings.host_bind or bind
+        self.server = serve_expert_host(
+            self.host, terms=model.terms(), incarnation=self.incarnation, bind=bind, ports=settings.host_ports
+        )
+        self.address = advertised_host(settings, node, self.server.port)
+        self.metrics = MetricsPage(lambda: host_families(self.numbers()), bind=bind, ports=settings.metrics_ports)
+        self._node = node
+        self._held_bytes = 0
+        self._problem = ""
+        self._leave = leave
+        self._orphan_s = orphan_s
+        self._order: HostOrder | None = None
+        self._ordered = threading.Condition()
+        self._stopping = threading.Event()
+        self.link = HostLink(resolve=resolve, report=self.report, on_order=self._take)
+        self._threads = [
+            threading.Thread(target=self._work, name="host-loader", daemon=True),
+            threading.Thread(target=self._watch, name="host-watch", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Tell the controller, and do what it orders."""
+        self.link.start()
+        for thread in self._threads:
+            thread.start()
+
+    def report(self) -> HostReport:
+        """How this host is now, for the controller."""
+        return HostReport(
+            name=self.name,
+            incarnation=self.incarnation,
+            address=self.address,
+            node=self._node,
+            pid=os.getpid(),
+            metrics_address=self.metrics.address,
+            transport="grpc",
+            held=self.host.held(),
+            held_bytes=self.host.held_bytes,
+            rows_total=self.host.rows_total,
+            problem=self._problem,
+        )
+
+    def numbers(self) -> HostNumbers:
+        """For the metrics page."""
+        return HostNumbers(load=self.host.load_snapshot(), slots=len(self.host.held()), held_bytes=self.host.held_bytes)
+
+    def stop(self) -> None:
+        """Answer what is being computed, then end every part."""
+        self._stopping.set()
+        with self._ordered:
+            self._ordered.notify_all()
+        self.link.close()
+        self.server.stop(STOP_GRACE_S)
+        self.metrics.close()
+        for thread in self._threads:
+            thread.join(timeout=STOP_GRACE_S)
+
+    def _take(self, order: HostOrder) -> None:
+        with self._ordered:
+            self._order = order
+            self._ordered.notify_all()
+
+    def _work(self) -> None:
+        """Follow the newest order; what cannot be loaded is tried again, ever more slowly."""
+        pause = FIRST_RETRY_S
+        while not self._stopping.is_set():
+            with self._ordered:
+                order = self._order
+                if order is None or (self.host.held() == order.target and not order.retire):
+                    self._ordered.wait()
+                    pause = FIRST_RETRY_S
+                    continue
+            if order.retire:
+                log.warning("host %s is not wanted any more", self.name)
+                self._leave()
+                return
+            self._follow(order)
+            self.link.poke()
+            if self._problem:
+                with self._ordered:
+                    self._ordered.wait(pause)
+                pause = min(2 * pause, LAST_RETRY_S)
+
+    def _follow(self, order: HostOrder) -> None:
+        """Load, then evict; stop as soon as there is a newer order."""
+        failures: dict[ExpertKey, HerdError] = {}
+        for key in sorted(order.target - self.host.held()):
+            if self._order is not order or self._stopping.is_set():
+                return
+            try:
+                self.host.load(key)
+            except HerdError as error:
+                failures[key] = error
+        for key in self.host.held() - order.target:
+            self.host.evict(key)
+        self._problem = _summary(failures)
+        if failures:
+            log.error("host %s: %s", self.name, self._problem)
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(min(1.0, self._orphan_s / 4)):
+            if self.server.num_links == 0 and self.link.away_s() > self._orphan_s:
+                log.warning("host %s leaves: no router and no controller for %.0f s", self.name, self._orphan_s)
+                self._leave()
+                return
+
+
+def _summary(failures: dict[ExpertKey, HerdError]) -> str:
+    if not failures:
+        return ""
+    (layer, expert), error = next(iter(failures.items()))
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    return f"expert {expert} of layer {layer} cannot be loaded: {error}{more}"

@@ -1,0 +1,158 @@
+"""The process of one ingress: prompts, the HTTP app, streams to routers, and what it tells the controller.
+
+Knows nothing of Ray. All routers together are one backend to the app.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from cluster.config import ServeSettings
+from cluster.metrics import IngressNumbers, MetricsPage, ingress_families
+from experts.config import load_config, read_json
+from experts.errors import RouterLost
+from experts.grpc_control import MemberLink
+from experts.placement import ClusterView
+from experts.reports import MemberKind, MemberReport
+from router.api.backend import EventStream
+from router.api.defaults import ServingDefaults
+from router.api.http import HttpOptions, build_app
+from router.engine.request import SamplingParams
+from router.grpc_client import RouterPool
+from router.prompt.chat import ChatTemplate
+from router.prompt.tokenizer import Tokenizer
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class IngressProcess:
+    """An ingress with all its parts. `app` is an ASGI application for one event loop; `http` the URL it is behind.
+
+    Constructing reads the tokenizer. Raises CheckpointError.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        *,
+        name: str,
+        node: str,
+        bind: str,
+        http: str,
+        resolve: Callable[[], str],
+        version: str = "",
+    ) -> None:
+        self.name = name
+        self.backend = ClusterBackend(settings)
+        self.link = MemberLink(resolve=resolve, report=self.report, on_view=self.backend.use)
+        self.app = CountingApp(_http_app(settings, self.backend, version))
+        self.metrics = MetricsPage(
+            lambda: ingress_families(self.app.numbers()), bind=bind, ports=settings.metrics_ports
+        )
+        self._node = node
+        self._http = http
+
+    def start(self) -> None:
+        """Begin to follow the cluster view."""
+        self.link.start()
+
+    def report(self) -> MemberReport:
+        """How this ingress is now, for the controller."""
+        return MemberReport(
+            kind=MemberKind.INGRESS,
+            name=self.name,
+            node=self._node,
+            pid=os.getpid(),
+            state="ready" if self.backend.ready() else "waiting",
+            running=self.app.numbers().active,
+            metrics_address=self.metrics.address,
+            http=self._http,
+        )
+
+    async def stop(self) -> None:
+        """End every part. Requests in progress end with an error that is safe to retry."""
+        self.link.close()
+        self.metrics.close()
+        await self.backend.pool.aclose()
+
+
+class ClusterBackend:
+    """All routers of the cluster view as one. The view is set from the control link's thread."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        config = load_config(settings.model_dir)
+        hosted = settings.transport == "grpc"
+        self.pool = RouterPool()
+        self._num_experts = len(config.moe_layers) * config.num_experts if hosted else 0
+        self._view = ClusterView()
+
+    def use(self, view: ClusterView) -> None:
+        """Go by `view` from now on."""
+        self._view = view
+        self.pool.connect(view.routers)
+
+    def submit(
+        self, *, request_id: str, prompt_ids: list[int], sampling: SamplingParams, deadline: float
+    ) -> EventStream:
+        if self._view.draining:
+            raise RouterLost("the cluster is shutting down")
+        return self.pool.submit(request_id=request_id, prompt_ids=prompt_ids, sampling=sampling, deadline=deadline)
+
+    def ready(self) -> bool:
+        view = self._view
+        routers_ready = any(router.state == "ready" for router in view.routers.values())
+        return routers_ready and not view.draining and len(view.placement.replicas) >= self._num_experts
+
+    def max_model_len(self) -> int:
+        """The least of all routers', so that every one of them can take over a request from any other."""
+        return min((router.max_model_len for router in self._view.routers.values()), default=0)
+
+
+class CountingApp:
+    """An ASGI app that counts what another one answers."""
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+        self._app = app
+        self._responses: Counter[int] = Counter()
+        self._active = 0
+
+    def numbers(self) -> IngressNumbers:
+        return IngressNumbers(responses=dict(self._responses), active=self._active)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._responses[message["status"]] += 1
+            await send(message)
+
+        self._active += 1
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            self._active -= 1
+
+
+def _http_app(
+    settings: ServeSettings, backend: ClusterBackend, version: str
+) -> Callable[[Message, Receive, Send], Awaitable[None]]:
+    model_dir = settings.model_dir
+    tokenizer = Tokenizer.from_folder(model_dir)
+    generation = model_dir / "generation_config.json"
+    return build_app(
+        served_names=[settings.model_name],
+        tokenizer=tokenizer,
+        template=ChatTemplate.from_folder(model_dir, tokenizer),
+        backend=backend,
+        defaults=ServingDefaults.from_generation_config(read_json(generation) if generation.exists() else None),
+        version=version,
+        options=HttpOptions(request_timeout_s=settings.request_timeout_s),
+    )
