@@ -120,7 +120,7 @@ class RouterProcess:
 
     def __init__(self, settings: ServeSettings, *, name: str, node: str, bind: str, resolve: Callable[[], str]) -> None:
         self.name = name
-        self.model = open_model(Path(settings.model_dir), settings.dtype)
+        self.model = open_model(settings.model_dir, settings.dtype)
         self.experts = self._experts(settings)
         available = self.experts.available if isinstance(self.experts, RemoteExperts) else _always
         self.engine = build_engine(self.model, settings, self.experts, available)
