@@ -22,6 +22,10 @@ class LocalExperts:
         self.weights = weights
         self.load = LoadWindow()
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(weights.num_bytes for weights in self.weights.values())
+
     def dispatch(self, layer: int, x_TH: torch.Tensor, routing: Routing) -> LocalPending:
         """Group the rows; they are computed when the result is asked for."""
         return LocalPending(self, layer, group_rows(x_TH, routing), routing)

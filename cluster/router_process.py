@@ -1,0 +1,129 @@
+"""The process of one router: engine, links to hosts, listener for ingresses, and what it tells the controller.
+
+Knows nothing of Ray; whoever starts it watches `alive`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+from cluster.config import ServeSettings
+from cluster.local import build_engine, open_model
+from cluster.metrics import HostNumbers, MetricsPage, RouterNumbers, router_families
+from cluster.topology import Role, needs
+from experts.grpc_control import MemberLink
+from experts.placement import ClusterView, ExpertKey
+from experts.reports import HostReport, MemberKind, MemberReport
+from experts.transport.grpc_client import GrpcTransport
+from router.dispatch import RemoteExperts
+from router.grpc_server import RouterServer
+from router.local_experts import LocalExperts
+
+
+class RouterProcess:
+    """A router with all its parts: engine, links to hosts (or the experts themselves), listener, controller link.
+
+    `resolve` gives the controller's address. Constructing loads the weights and may take long; `start` does not.
+    """
+
+    def __init__(self, settings: ServeSettings, *, name: str, node: str, bind: str, resolve: Callable[[], str]) -> None:
+        torch.set_num_threads(needs(settings, Role.ROUTER).threads)
+        self.name = name
+        self.model = open_model(settings.model_dir, settings.dtype)
+        self.experts = self._experts(settings)
+        available = self.experts.available if isinstance(self.experts, RemoteExperts) else _always
+        self.engine = build_engine(self.model, settings, self.experts, available)
+        self.server = RouterServer(self.engine, bind=bind, ports=settings.router_ports)
+        self.link = MemberLink(resolve=resolve, report=self.report, on_view=self._use)
+        self.metrics = MetricsPage(lambda: router_families(self.numbers()), bind=bind, ports=settings.metrics_ports)
+        self._node = node
+        self._incarnation = time.time_ns()
+
+    def _experts(self, settings: ServeSettings) -> RemoteExperts | LocalExperts:
+        if settings.transport == "local":
+            store = self.model.store()
+            return LocalExperts({key: store.load(*key) for key in store.all_keys()})
+        return RemoteExperts(
+            GrpcTransport(router_name=self.name, terms=self.model.terms(), on_change=lambda: self.engine.wake())
+        )
+
+    def start(self) -> None:
+        """Begin to serve and to tell the controller so."""
+        self.engine.start()
+        self.server.start()
+        self.link.start()
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine has ended: then this process is of no use any more."""
+        return self.engine.alive
+
+    def report(self) -> MemberReport:
+        """How this router is now, for the controller."""
+        running, waiting, parked = self.engine.load()
+        return MemberReport(
+            kind=MemberKind.ROUTER,
+            name=self.name,
+            address=self.server.address,
+            node=self._node,
+            pid=os.getpid(),
+            state="ready" if self.alive else "stopping",
+            running=running + parked,
+            waiting=waiting,
+            metrics_address=self.metrics.address,
+            max_model_len=self.engine.max_model_len,
+            inner_host=self._inner_host(),
+        )
+
+    def numbers(self) -> RouterNumbers:
+        """For the metrics page."""
+        running, waiting, parked = self.engine.load()
+        return RouterNumbers(
+            engine=self.engine.stats,
+            running=running,
+            waiting=waiting,
+            parked=parked,
+            kv_use=self.engine.kv_use(),
+            dispatch=self.experts.stats if isinstance(self.experts, RemoteExperts) else None,
+            inner=None if isinstance(self.experts, RemoteExperts) else self._inner_numbers(self.experts),
+        )
+
+    @staticmethod
+    def _inner_numbers(experts: LocalExperts) -> HostNumbers:
+        return HostNumbers(load=experts.load.snapshot(), slots=len(experts.weights), held_bytes=experts.num_bytes)
+
+    def _inner_host(self) -> HostReport | None:
+        if isinstance(self.experts, RemoteExperts):
+            return None
+        return HostReport(
+            name=f"{self.name}-local",
+            incarnation=self._incarnation,
+            node=self._node,
+            pid=os.getpid(),
+            transport="local",
+            held=frozenset(self.experts.weights),
+            held_bytes=self.experts.num_bytes,
+            rows_total=self.experts.load.snapshot().rows_total,
+        )
+
+    def _use(self, view: ClusterView) -> None:
+        if isinstance(self.experts, RemoteExperts):
+            self.experts.connect(view)
+            self.engine.wake()
+
+    def stop(self) -> None:
+        """Give requests up (other routers continue them), then end every part."""
+        self.link.close()
+        self.metrics.close()
+        self.engine.stop()
+        self.server.stop()
+        if isinstance(self.experts, RemoteExperts):
+            self.experts.transport.close()
+
+
+def _always(_missing: frozenset[ExpertKey]) -> bool:
+    return True
