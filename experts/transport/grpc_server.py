@@ -90,9 +90,10 @@ class ExpertHostServer:
 
     def stop(self, grace: float) -> None:
         """Answer what is being computed (for at most `grace` seconds), then end all streams and the listener."""
-        idle = self._exchange.drain(grace)
+        self._exchange.drain(grace)
         self._server.stop(None).wait()
-        self._threads.shutdown(wait=idle)
+        # Not waited for: a computation that outlasts its grace has nobody left to answer.
+        self._threads.shutdown(wait=False)
 
 
 class _Exchange:
@@ -122,22 +123,21 @@ class _Exchange:
             yield self._hello
             yield from self._answers(requests, first.hello.router_name[:80])
 
-    def drain(self, grace: float) -> bool:
-        """End each stream after its current answer; wait until nothing is being computed, at most `grace` seconds.
-        Whether nothing is."""
+    def drain(self, grace: float) -> None:
+        """Begin no further shipment; return when the current ones are answered, or after `grace` seconds."""
         self._draining = True
-        return self.busy.wait_for_zero(grace)
+        self.busy.wait_for_zero(grace)
 
     def _answers(self, requests: Iterator[ExchangeRequest], router: str) -> Iterator[ExchangeResponse]:
         for request in requests:
+            if self._draining:
+                return
             if request.WhichOneof("payload") != "shipment":
                 yield encode_error(0, BadFrame(router, "only shipments may follow the hello"))
                 return
             # Busy until the answer is on its way: the generator resumes only then.
             with self.busy:
                 yield self._answer(request.shipment, router)
-            if self._draining:
-                return
 
     def _answer(self, message: ShipmentMessage, router: str) -> ExchangeResponse:
         try:
@@ -162,9 +162,9 @@ class _Gauge:
     def __exit__(self, *_: object) -> None:
         self._add(-1)
 
-    def wait_for_zero(self, timeout: float) -> bool:
+    def wait_for_zero(self, timeout: float) -> None:
         with self._changed:
-            return self._changed.wait_for(lambda: self.value == 0, timeout)
+            self._changed.wait_for(lambda: self.value == 0, timeout)
 
     def _add(self, change: int) -> None:
         with self._changed:
