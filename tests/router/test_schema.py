@@ -1,0 +1,446 @@
+"""Requests of the OpenAI API: what is accepted, and what each refusal names."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experts.errors import CheckpointError, ContextOverflow, InvalidInput
+from router.api.body import MAX_DEPTH, MAX_NODES, parse_object
+from router.api.defaults import ServingDefaults, to_sampling
+from router.api.errors import Missing, Unsupported, api_error
+from router.api.fields import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION, near_miss
+from router.api.schema import ChatCompletionRequest, CompletionRequest, parse_chat, parse_completion
+
+USER = {"role": "user", "content": "hi"}
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": [USER], **fields}
+
+
+def refused_chat(**fields: Any) -> InvalidInput:
+    with pytest.raises(InvalidInput) as caught:
+        parse_chat(chat(**fields))
+    return caught.value
+
+
+def refused_completion(**fields: Any) -> InvalidInput:
+    with pytest.raises(InvalidInput) as caught:
+        parse_completion({"model": "m", "prompt": "x", **fields})
+    return caught.value
+
+
+def test_smallest_chat_request_leaves_everything_to_the_server() -> None:
+    request = parse_chat(chat())
+    assert (request.temperature, request.top_p, request.top_k, request.seed, request.output_limit) == (None,) * 5
+    assert request.stop == [] and not request.stream and request.add_generation_prompt
+    assert request.messages[0].for_template() == USER
+
+
+def test_null_means_absent_everywhere() -> None:
+    nulls = dict.fromkeys([*ChatCompletionRequest.model_fields, *UNSUPPORTED_CHAT])
+    assert parse_chat({**nulls, **chat()}) == parse_chat(chat())
+    message = {**USER, "tool_calls": None, "refusal": None, "audio": None, "name": None}
+    assert parse_chat(chat(messages=[message])) == parse_chat(chat())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 0),
+        ("temperature", 2),
+        ("top_p", 1),
+        ("top_k", -1),
+        ("max_tokens", 1),
+        ("seed", -(2**63)),
+        ("stop", "x"),
+        ("stop", ["a", "b", "c", "é" * 128]),
+        ("stop_token_ids", [1, 2]),
+        ("min_tokens", 0),
+        ("user", "somebody"),
+        ("stream", True),
+        ("chat_template_kwargs", {"date": "today"}),
+    ],
+)
+def test_values_at_the_edge_are_accepted(field: str, value: object) -> None:
+    assert parse_chat(chat(**{field: value})).model_dump()[field] == ([value] if value == "x" else value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "rule"),
+    [
+        ({"temperature": "1"}, "temperature", "must be a number"),
+        ({"temperature": True}, "temperature", "must be a number"),
+        ({"temperature": -0.1}, "temperature", "must be at least 0.0"),
+        ({"temperature": 2.1}, "temperature", "must be at most 2.0"),
+        ({"top_p": 0}, "top_p", "must be greater than 0.0"),
+        ({"top_p": 1.5}, "top_p", "must be at most 1.0"),
+        ({"top_k": 1.0}, "top_k", "must be an integer"),
+        ({"top_k": -2}, "top_k", "must be at least -1"),
+        ({"max_tokens": -1}, "max_tokens", "must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens", "must be at least 1"),
+        ({"max_tokens": True}, "max_tokens", "must be an integer"),
+        ({"max_completion_tokens": "5"}, "max_completion_tokens", "must be an integer"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "must equal max_completion_tokens, 6"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens", "must be at most max_tokens, 5"),
+        ({"min_tokens": 6, "max_completion_tokens": 5}, "min_tokens", "must be at most max_tokens, 5"),
+        ({"seed": 2**63}, "seed", "must be at most"),
+        ({"seed": 1.5}, "seed", "must be an integer"),
+        ({"stop": 3}, "stop", "must be a string or a list"),
+        ({"stop": ["a", ""]}, "stop[1]", "1 to 256 bytes"),
+        ({"stop": ["é" * 129]}, "stop[0]", "1 to 256 bytes"),
+        ({"stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"stop": [1]}, "stop[0]", "must be a string"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "must be at least 0"),
+        ({"stream": "yes"}, "stream", "must be true or false"),
+        ({"stream": 1}, "stream", "must be true or false"),
+        ({"stream_options": {}}, "stream_options", "needs stream"),
+        ({"stream": True, "stream_options": []}, "stream_options", "must be an object"),
+        (
+            {"stream": True, "stream_options": {"include_usage": 1}},
+            "stream_options.include_usage",
+            "must be true or false",
+        ),
+        (
+            {"stream": True, "stream_options": {"include_usge": True}},
+            "stream_options.include_usge",
+            "did you mean include_usage",
+        ),
+        ({"ignore_eos": 0}, "ignore_eos", "must be true or false"),
+        ({"user": "Jörg"}, "user", "must be visible ASCII"),
+        ({"user": "x" * 129}, "user", "at most 128 characters"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs", "must be an object"),
+        ({"model": 3}, "model", "must be a string"),
+        ({"messages": []}, "messages", "must not be empty"),
+        ({"messages": "hi"}, "messages", "must be a list"),
+        ({"messages": [USER] * 2049}, "messages", "at most 2048 items"),
+        ({"messages": [USER, "hi"]}, "messages[1]", "must be an object"),
+        ({"messages": [{**USER, "role": "wizard"}]}, "messages[0].role", "must be one of 'system'"),
+        ({"messages": [{**USER, "content": 3}]}, "messages[0].content", "must be a string or a list of text parts"),
+        ({"messages": [{**USER, "content": []}]}, "messages[0].content", "must not be empty"),
+        (
+            {"messages": [{**USER, "content": [{"type": "text", "text": "x"}] * 129}]},
+            "messages[0].content",
+            "at most 128 items",
+        ),
+        ({"messages": [{**USER, "content": ["x"]}]}, "messages[0].content[0]", "must be an object"),
+        (
+            {"messages": [USER, {**USER, "content": [{"type": "text", "text": 1}]}]},
+            "messages[1].content[0].text",
+            "must be a string",
+        ),
+        ({"messages": [{**USER, "content": [{"type": "song"}]}]}, "messages[0].content[0].type", "'text'"),
+        ({"max_token": 3}, "max_token", "did you mean max_tokens"),
+        ({"temprature": 0}, "temprature", "did you mean temperature"),
+        ({"topP": 0}, "topP", "did you mean top_p"),
+        ({f"field{i}": 0 for i in range(33)}, "*", "at most 32 unknown fields"),
+    ],
+)
+def test_bad_chat_fields_are_named_with_their_rule(fields: dict[str, Any], path: str, rule: str) -> None:
+    error = refused_chat(**fields)
+    assert error.field == path
+    assert rule in error.rule
+    assert not isinstance(error, Unsupported | Missing)
+
+
+@pytest.mark.parametrize("field", ["model", "messages"])
+@pytest.mark.parametrize("how", ["absent", "null"])
+def test_required_fields(field: str, how: str) -> None:
+    document = chat(**{field: None})
+    if how == "absent":
+        del document[field]
+    with pytest.raises(Missing) as caught:
+        parse_chat(document)
+    assert caught.value.field == field
+
+
+def test_missing_content_is_named() -> None:
+    assert isinstance(refused_chat(messages=[{"role": "user"}]), Missing)
+    assert refused_chat(messages=[{"role": "assistant", "content": None}]).field == "messages[0].content"
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{}]}, "functions"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"best_of": 3}, "best_of"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"presence_penalty": -1}, "presence_penalty"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"audio": {}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"guided_new_kind": "x"}, "guided_new_kind"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"chat_template": "{{ x }}"}, "chat_template"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"echo": True}, "echo"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{**USER, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        (
+            {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
+            "messages[0].content[0].type",
+        ),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_and_named(fields: dict[str, Any], path: str) -> None:
+    error = refused_chat(**fields)
+    assert isinstance(error, Unsupported)
+    assert error.field == path
+    assert "not supported by this server yet" in error.rule or "only text parts" in error.rule
+
+
+@pytest.mark.parametrize("unsupported", [UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION])
+def test_neutral_values_are_accepted(unsupported: dict[str, tuple[object, ...]]) -> None:
+    for field, values in unsupported.items():
+        for value in values:
+            if unsupported is UNSUPPORTED_CHAT:
+                assert parse_chat(chat(**{field: value})) == parse_chat(chat())
+            else:
+                assert parse_completion({"model": "m", "prompt": "x", field: value}).prompts == [("prompt", "x")]
+
+
+def test_unknown_and_passive_fields_pass() -> None:
+    fields = {"metadata": {"a": "b"}, "store": True, "my_gateway_field": 1, "top_a": 0.1, "service_tier": "auto"}
+    assert parse_chat(chat(**fields)) == parse_chat(chat())
+
+
+def test_developer_messages_are_system_messages() -> None:
+    request = parse_chat(chat(messages=[{"role": "developer", "content": [{"type": "text", "text": "x"}]}, USER]))
+    assert request.messages[0].for_template() == {"role": "system", "content": [{"type": "text", "text": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("max_token", "max_tokens"),
+        ("maxTokens", "max_tokens"),
+        ("mesages", "messages"),
+        ("messagse", "messages"),
+        ("top_l", None),
+        ("modle", None),
+        ("temperature_decay", None),
+        ("x" * 1000, None),
+    ],
+)
+def test_near_misses(name: str, meant: str | None) -> None:
+    assert near_miss(name, {"max_tokens", "messages", "top_k", "top_p", "temperature", "model"}) == meant
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parsed"),
+    [
+        ("", [("prompt", "")]),
+        ("hello", [("prompt", "hello")]),
+        (["a", "b"], [("prompt[0]", "a"), ("prompt[1]", "b")]),
+        ([1, 2], [("prompt", [1, 2])]),
+        ([[1], [2, 3]], [("prompt[0]", [1]), ("prompt[1]", [2, 3])]),
+    ],
+)
+def test_prompts_in_their_four_forms(prompt: object, parsed: object) -> None:
+    assert parse_completion({"model": "m", "prompt": prompt}).prompts == parsed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "path"),
+    [
+        ([], "prompt"),
+        ({}, "prompt"),
+        (3, "prompt"),
+        ([True], "prompt[0]"),
+        ([1, -1], "prompt[1]"),
+        ([1, "a"], "prompt[1]"),
+        (["a", 1], "prompt[1]"),
+        ([[1], []], "prompt[1]"),
+        ([[1], [2, "x"]], "prompt[1][1]"),
+        (["a"] * 129, "prompt"),
+    ],
+)
+def test_bad_prompts_are_named(prompt: object, path: str) -> None:
+    assert refused_completion(prompt=prompt).field == path
+
+
+def test_completion_fields() -> None:
+    assert parse_completion({"model": "m", "prompt": "x", "echo": True}).echo
+    assert refused_completion(logprobs=0).field == "logprobs", "0 asks for the chosen tokens' logprobs"
+    assert refused_completion(suffix="end").field == "suffix"
+    assert refused_completion(prompts="x").rule == "is not a field; did you mean prompt?"
+
+
+# Bodies
+
+
+@pytest.mark.parametrize(
+    ("body", "rule"),
+    [
+        (b"", "must be valid JSON"),
+        (b"{", "must be valid JSON"),
+        (b'{"a": 1} x', "extra data, line 1 column 10"),
+        (b"[]", "must be a JSON object"),
+        (b'"x"', "must be a JSON object"),
+        (b'{"a": NaN}', "must be finite"),
+        (b'{"a": -Infinity}', "must be finite"),
+        (b'{"a": 1e999}', "must be finite"),
+        (b'{"a": ' + b"1" * 21 + b"}", "at most 20 characters"),
+        (b'{"a": 0.' + b"1" * 500 + b"}", "must be finite"),
+        (b'{"a": "\xff"}', "must be UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "must be UTF-8"),
+        (b'{"a": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"a": {"\\uDFFF": 1}}', "half of a surrogate pair"),
+        (b'{"a": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}", "at most 32 levels"),
+        (b"[" * 1_000_000, "at most"),
+        (b'"' * 4_000_000, "at most"),
+        (b'{"a": [' + b"1," * MAX_NODES + b"1]}", "at most 250000 values"),
+    ],
+)
+def test_bad_bodies_are_refused(body: bytes, rule: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_object(body)
+    assert caught.value.field == "body"
+    assert rule in caught.value.rule
+
+
+def test_brackets_in_strings_are_no_nesting() -> None:
+    text = '[{"\\' * 1000
+    assert parse_object(json.dumps({"a": text}).encode()) == {"a": text}
+
+
+def test_deepest_body_and_surrogate_pairs_are_accepted() -> None:
+    depth = MAX_DEPTH - 1
+    assert parse_object(b'{"a": ' + b"[" * depth + b"]" * depth + b"}")
+    assert parse_object(b'{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(document=st.dictionaries(st.text(max_size=8), _JSON, max_size=6))
+def test_bodies_are_parsed_as_the_json_module_does(document: dict[str, Any]) -> None:
+    body = json.dumps(document).encode()
+    try:
+        assert parse_object(body) == json.loads(body)
+    except InvalidInput as error:
+        assert error.field == "body"
+        assert "Infinity" in body.decode() or "\\ud" in body.decode()
+
+
+_NAMES = st.sampled_from(
+    sorted({*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *UNSUPPORTED_CHAT, "prompt"})
+)
+_PART = st.fixed_dictionaries({}, optional={"type": st.sampled_from(["text", "image_url"]) | _JSON, "text": _JSON})
+_MESSAGE = st.fixed_dictionaries(
+    {}, optional={"role": st.sampled_from(["user", "tool"]) | _JSON, "content": _JSON | st.lists(_PART, max_size=3)}
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    fields=st.dictionaries(_NAMES | st.text(max_size=12), _JSON, max_size=5),
+    messages=st.none() | _JSON | st.lists(_MESSAGE | _JSON, max_size=3),
+)
+def test_any_object_is_a_request_or_invalid_input(fields: dict[str, Any], messages: object) -> None:
+    for parse in (parse_chat, parse_completion):
+        document = {"model": "m", "messages": messages, "prompt": "x", **fields}
+        try:
+            parse(document)
+        except InvalidInput as error:
+            answer = api_error(error)
+            assert answer.status == 400
+            assert answer.message.startswith(error.field)
+            json.dumps(answer.body())
+
+
+# Defaults
+
+
+def test_omitted_values_follow_the_generation_config() -> None:
+    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 7, "eos_token_id": [3, 4]}
+    defaults = ServingDefaults.from_generation_config(config)
+    sampling = to_sampling(parse_chat(chat()), defaults, 10, 100, lambda: 99)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.9, 7)
+    assert (sampling.max_tokens, sampling.seed) == (90, 99)
+    assert defaults.eos_token_ids == {3, 4}
+
+
+def test_requests_override_the_generation_config() -> None:
+    defaults = ServingDefaults(temperature=0.6, top_p=0.9, top_k=7, max_new_tokens=20)
+    asked = chat(temperature=0, top_p=1, top_k=-1, seed=-1, max_tokens=30, stop_token_ids=[5, 5])
+    sampling = to_sampling(parse_chat(asked), defaults, 10, 100, lambda: 99)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.0, 1.0, 0)
+    assert (sampling.max_tokens, sampling.seed, sampling.stop_token_ids) == (30, 2**63 - 1, (5,))
+
+
+@pytest.mark.parametrize(
+    ("config", "temperature"),
+    [
+        (None, 1.0),
+        ({}, 0.0),
+        ({"do_sample": False, "temperature": 0.6}, 0.0),
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": 0}, 0.0),
+    ],
+)
+def test_greedy_unless_the_config_samples(config: dict[str, Any] | None, temperature: float) -> None:
+    assert ServingDefaults.from_generation_config(config).temperature == temperature
+
+
+@pytest.mark.parametrize(
+    "config", [{"temperature": "hot"}, {"top_p": 2}, {"top_k": -5}, {"eos_token_id": ["x"]}, {"top_k": True}]
+)
+def test_damaged_generation_configs_are_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=next(iter(config))):
+        ServingDefaults.from_generation_config(config)
+
+
+def test_max_new_tokens_bounds_only_what_is_not_said() -> None:
+    defaults = ServingDefaults.from_generation_config({"max_new_tokens": 20})
+    assert to_sampling(parse_chat(chat()), defaults, 10, 100, int).max_tokens == 20
+    assert to_sampling(parse_chat(chat()), defaults, 90, 100, int).max_tokens == 10
+    assert to_sampling(parse_chat(chat(max_tokens=50)), defaults, 10, 100, int).max_tokens == 50
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "max_tokens", "fits"),
+    [(99, None, True), (100, None, False), (500, None, False), (60, 40, True), (60, 41, False), (500, 1, False)],
+)
+def test_context_overflow(num_prompt: int, max_tokens: int | None, fits: bool) -> None:
+    request = parse_chat(chat(max_completion_tokens=max_tokens))
+    if fits:
+        assert to_sampling(request, ServingDefaults(), num_prompt, 100, int).max_tokens == 100 - num_prompt
+        return
+    with pytest.raises(ContextOverflow) as caught:
+        to_sampling(request, ServingDefaults(), num_prompt, 100, int, "prompt")
+    answer = api_error(caught.value)
+    assert (answer.status, answer.code, answer.param) == (400, "context_length_exceeded", "prompt")
+    assert answer.message.startswith("this model's maximum context length is 100 tokens")
+    assert str(num_prompt) in answer.message and str(max_tokens or "") in answer.message
+
+
+def test_min_tokens_must_fit_the_context() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        to_sampling(parse_chat(chat(min_tokens=50)), ServingDefaults(), 60, 100, int)
+    assert caught.value.field == "min_tokens"

@@ -1,0 +1,134 @@
+"""A backend that plays a script, and a tokenizer and template simple enough to predict: one byte, one token."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
+
+BOS = 256
+EOS = 257
+VOCAB_SIZE = 258
+
+Step = int | str | bytes | asyncio.Event | Exception | FinishEvent
+"""A token; the tokens of a text; wait; fail; finish."""
+
+
+def stop() -> FinishEvent:
+    return FinishEvent(request_id="", reason=FinishReason.STOP)
+
+
+def length() -> FinishEvent:
+    return FinishEvent(request_id="", reason=FinishReason.LENGTH)
+
+
+def failure(code: str, message: str = "words of a router", retry_after_s: float = 0.0) -> FinishEvent:
+    return FinishEvent(
+        request_id="", reason=FinishReason.ERROR, code=code, message=message, retry_after_s=retry_after_s
+    )
+
+
+@dataclass(eq=False)
+class Submission:
+    """What was asked of the backend, and what came of it."""
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    deadline: float
+    num_sent: int = 0
+    closed: bool = False
+
+    @property
+    def prompt(self) -> str:
+        return bytes(token for token in self.prompt_ids if token < 256).decode()
+
+
+class ScriptedBackend:
+    """Plays `script(submission)` for each request. `events` streams are async generators, as RouterPool's are."""
+
+    def __init__(self, script: Callable[[Submission], Sequence[Step]], max_model_len: int = 100_000) -> None:
+        self.script = script
+        self.submissions: list[Submission] = []
+        self.is_ready = True
+        self.length = max_model_len
+
+    async def submit(
+        self, *, request_id: str, prompt_ids: list[int], sampling: SamplingParams, deadline: float
+    ) -> AsyncGenerator[Event, None]:
+        mine = Submission(request_id, prompt_ids, sampling, deadline)
+        self.submissions.append(mine)
+        try:
+            for step in self.script(mine):
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                elif isinstance(step, Exception):
+                    raise step
+                elif isinstance(step, FinishEvent):
+                    yield step
+                else:
+                    for token in _tokens(step):
+                        mine.num_sent += 1
+                        yield TokenEvent(request_id=request_id, index=mine.num_sent - 1, token_id=token)
+        finally:
+            mine.closed = True
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def max_model_len(self) -> int:
+        return self.length
+
+
+def _tokens(step: int | str | bytes) -> Sequence[int]:
+    if isinstance(step, int):
+        return [step]
+    return step.encode() if isinstance(step, str) else step
+
+
+class ByteDetokenizer:
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        return self._utf8.decode(bytes([token_id]) if token_id < 256 else b"")
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class ByteTokenizer:
+    vocab_size = VOCAB_SIZE
+
+    def encode(self, text: str) -> list[int]:
+        return [BOS, *text.encode()]
+
+    def detokenizer(self) -> ByteDetokenizer:
+        return ByteDetokenizer()
+
+
+class PlainTemplate:
+    """`role:text|` for each message; remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.kwargs: Mapping[str, Any] = {}
+        self.messages: Sequence[Mapping[str, Any]] = []
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        self.kwargs, self.messages = kwargs or {}, messages
+        text = "".join(f"{message['role']}:{_text(message['content'])}|" for message in messages)
+        return [BOS, *(text + ("assistant:" if add_generation_prompt else "")).encode()]
+
+
+def _text(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
