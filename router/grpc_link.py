@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -145,8 +145,8 @@ class Call:
 
 
 def _refusal_of(error: grpc.aio.AioRpcError) -> Overloaded | InvalidInput | None:
-    trailers: Iterable[tuple[str, Any]] = error.trailing_metadata() or ()
-    for key, value in trailers:
+    trailers: Any = error.trailing_metadata()
+    for key, value in trailers or ():
         if key == REFUSAL_KEY:
             return decode_refusal(value)
     return None

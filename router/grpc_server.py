@@ -99,7 +99,7 @@ class RouterServer:
     @property
     def address(self) -> str:
         """Where it listens, "ip:port", once started."""
-        return f"{self._bind}:{self.port}"
+        return _join(self._bind, self.port)
 
     def stop(self, grace_s: float = 0.0) -> None:
         """Take no more calls, let those in progress end for `grace_s`, then drop them: their ingresses resume them
@@ -117,12 +117,11 @@ class RouterServer:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(_drop_poller_noise)
         self._stopping = asyncio.Event()
         calls = _Calls(self._engine, self._loop, self._max_streams, self._heartbeat_s)
-        server = grpc.aio.server(options=self._options())
-        router_pb2_grpc.add_RouterServiceServicer_to_server(calls, server)
         try:
+            server = grpc.aio.server(options=self._options())
+            router_pb2_grpc.add_RouterServiceServicer_to_server(calls, server)
             port = self._listen(server)
             await server.start()
         except Exception as error:
@@ -130,13 +129,17 @@ class RouterServer:
             return
         self._started.set_result(port)
         await self._stopping.wait()
-        await server.stop(self._grace_s or None)
+        # Calls end by a status of ours; the rest of the time is for one whose peer does not read.
+        ended = asyncio.create_task(server.stop(self._grace_s + STOP_SLACK_S / 2))
+        await asyncio.wait({ended}, timeout=self._grace_s)
+        calls.end()
+        await ended
 
     def _listen(self, server: grpc.aio.Server) -> int:
         for port in self._ports if self._ports is not None else (0,):
             # grpc says no more than that it failed, and why goes to its log.
             with suppress(RuntimeError):
-                return server.add_insecure_port(f"{self._bind}:{port}")
+                return server.add_insecure_port(_join(self._bind, port))
         wanted = f"{self._ports.start}-{self._ports.stop - 1}" if self._ports is not None else "any"
         raise InvalidInput("ports", wanted, f"one of them must be free on {self._bind}, an address of this machine")
 
@@ -161,7 +164,7 @@ class _Calls:
         self._inbox = _Inbox(loop)
         self._max_streams = max_streams
         self._heartbeat_s = heartbeat_s
-        self._num_streams = 0
+        self._mailboxes: set[_Mailbox] = set()
         self._stopped = False
 
     async def Ping(self, request: pb.PingRequest, context: _Context) -> pb.PingResponse:
@@ -170,16 +173,21 @@ class _Calls:
         return pb.PingResponse()
 
     async def Submit(self, request: pb.SubmitRequest, context: _Context) -> None:
-        if self._num_streams >= self._max_streams:
+        if len(self._mailboxes) >= self._max_streams:
             await _refuse(context, Overloaded(f"this router has {self._max_streams} streams", 1.0))
-        self._num_streams += 1
-        try:
-            await self._stream(request, context)
-        finally:
-            self._num_streams -= 1
-
-    async def _stream(self, request: pb.SubmitRequest, context: _Context) -> None:
         mailbox = _Mailbox()
+        self._mailboxes.add(mailbox)
+        try:
+            await self._stream(request, mailbox, context)
+        finally:
+            self._mailboxes.discard(mailbox)
+
+    def end(self) -> None:
+        """End all streams with a status that lets their ingresses resume them elsewhere."""
+        for mailbox in self._mailboxes:
+            mailbox.close()
+
+    async def _stream(self, request: pb.SubmitRequest, mailbox: _Mailbox, context: _Context) -> None:
         try:
             self._submit(request, mailbox)
         except (Overloaded, InvalidInput) as error:
@@ -189,9 +197,10 @@ class _Calls:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         try:
             await self._answer(mailbox, context)
-        finally:
-            # After the finish this changes nothing; before it the client is gone, or we are stopping.
+        except BaseException:
+            # Not finished: the client is gone, or we are stopping.
             self._engine.cancel(request.request_id, request.attempt)
+            raise
 
     def _submit(self, request: pb.SubmitRequest, mailbox: _Mailbox) -> None:
         self._engine.submit(
@@ -211,14 +220,22 @@ class _Calls:
             await context.write(encode_events(events))
             if events and isinstance(events[-1], FinishEvent):
                 return
+            if mailbox.closed:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "this router stops")
 
 
 class _Mailbox:
     """Events that wait for one call. Bounded by the request itself: max_tokens and a finish."""
 
     def __init__(self) -> None:
+        self.closed = False
         self._events: list[Event] = []
         self._arrived = asyncio.Event()
+
+    def close(self) -> None:
+        """Wake the call for the last time."""
+        self.closed = True
+        self._arrived.set()
 
     def put(self, event: Event) -> None:
         self._events.append(event)
@@ -274,7 +291,5 @@ async def _refuse(context: _Context, error: Refused) -> NoReturn:
     await context.abort(code, str(error)[:MAX_DETAILS], ((REFUSAL_KEY, encode_refusal(error)),))
 
 
-def _drop_poller_noise(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """With event loops in two threads grpc.aio wakes both for one event, and the loser finds nothing to read."""
-    if not isinstance(context.get("exception"), BlockingIOError):
-        loop.default_exception_handler(context)
+def _join(bind: str, port: int) -> str:
+    return f"[{bind}]:{port}" if ":" in bind else f"{bind}:{port}"

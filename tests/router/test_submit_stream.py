@@ -1,0 +1,513 @@
+"""Streams between an ingress and its routers over real sockets, with scripted engines: death, silence, refusal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from scripted_router import PATIENCE_S, ScriptedEngine, answer
+
+from experts.errors import ContextOverflow, InvalidInput, Overloaded
+from experts.placement import RouterInfo
+from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
+from router.grpc_client import RouterPool
+from router.grpc_link import Link
+from router.grpc_server import RouterServer
+from router.resume import Received
+from router.wire import router_pb2 as pb
+from router.wire import router_pb2_grpc
+from router.wire.codec import encode_submit
+
+ROOT = Path(__file__).parents[2]
+PROMPT = [7, 11, 13]
+HELD = 5
+"""Output tokens after which a held engine waits."""
+
+
+@contextmanager
+def served(engine: ScriptedEngine) -> Iterator[RouterServer]:
+    server = RouterServer(engine, heartbeat_s=0.1)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        engine.stop()
+
+
+@contextmanager
+def child() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A router process that holds every request at HELD tokens, and its address."""
+    program = [sys.executable, str(ROOT / "tests/support/scripted_router.py"), str(HELD)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        try:
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def view(**addresses: str) -> dict[str, RouterInfo]:
+    return {name: RouterInfo(name=name, address=address) for name, address in addresses.items()}
+
+
+def run(test: Callable[[RouterPool], Awaitable[None]], *, silence_s: float = PATIENCE_S) -> None:
+    """Run a test's coroutine with a pool that is closed after it."""
+
+    async def main() -> None:
+        pool = RouterPool(silence_s=silence_s, probe_interval_s=0.05, expiry_grace_s=0.1)
+        async with asyncio.timeout(2 * PATIENCE_S), aclosing(pool):
+            await test(pool)
+
+    asyncio.run(main())
+
+
+def submit(
+    pool: RouterPool,
+    *,
+    request_id: str = "r",
+    prompt_ids: list[int] | None = None,
+    max_tokens: int = 12,
+    temperature: float = 0.0,
+    timeout_s: float = PATIENCE_S,
+) -> AsyncGenerator[Event, None]:
+    return pool.submit(
+        request_id=request_id,
+        prompt_ids=prompt_ids or PROMPT,
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=3),
+        deadline=time.monotonic() + timeout_s,
+    )
+
+
+async def take(stream: AsyncGenerator[Event, None], count: int) -> list[Event]:
+    return [await anext(stream) for _ in range(count)]
+
+
+async def drain(stream: AsyncGenerator[Event, None]) -> list[Event]:
+    return [event async for event in stream]
+
+
+def whole_answer(request_id: str = "r", prompt_ids: list[int] | None = None, max_tokens: int = 12) -> list[Event]:
+    """What a client must see of a request, however many routers it took."""
+    tokens = enumerate(answer(prompt_ids or PROMPT, max_tokens))
+    return [
+        *(TokenEvent(request_id=request_id, index=index, token_id=token) for index, token in tokens),
+        FinishEvent(request_id=request_id, reason=FinishReason.LENGTH),
+    ]
+
+
+def test_a_stream_is_all_tokens_in_order_and_one_finish() -> None:
+    engine = ScriptedEngine()
+    sampling = SamplingParams(
+        temperature=0.1, top_k=3, top_p=0.7, seed=2**64 - 5, max_tokens=9, min_tokens=2, ignore_eos=True,
+        stop_token_ids=(5, 199_999),
+    )  # fmt: skip
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=server.address))
+        deadline = time.monotonic() + PATIENCE_S
+        stream = pool.submit(request_id="r", prompt_ids=PROMPT, sampling=sampling, deadline=deadline)
+        assert await take(stream, 10) == whole_answer(max_tokens=9)
+        assert pool.running() == {"a": 0}
+        assert await drain(stream) == []
+        assert engine.submitted["r", 0].sampling == sampling
+        assert engine.submitted["r", 0].deadline == pytest.approx(deadline, abs=PATIENCE_S / 2)
+
+    with served(engine) as server:
+        run(scenario)
+
+
+def test_closing_the_stream_stops_the_engine() -> None:
+    engine = ScriptedEngine(hold_at=HELD)
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=server.address))
+        stream = submit(pool)
+        assert await take(stream, HELD) == whole_answer()[:HELD]
+        assert pool.running() == {"a": 1}
+        await stream.aclose()
+        assert pool.running() == {"a": 0}
+        await asyncio.to_thread(engine.wait_for, lambda: engine.cancelled == [("r", 0)])
+
+    with served(engine) as server:
+        run(scenario)
+
+
+def test_cancelling_the_reading_task_stops_the_engine() -> None:
+    engine = ScriptedEngine(hold_at=0)
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=server.address))
+        task = asyncio.create_task(drain(submit(pool)))
+        await asyncio.to_thread(engine.wait_for, lambda: ("r", 0) in engine.submitted)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(engine.wait_for, lambda: engine.cancelled == [("r", 0)])
+
+    with served(engine) as server:
+        run(scenario)
+
+
+def test_a_full_router_sends_requests_on_and_full_routers_refuse_them() -> None:
+    full, roomy = ScriptedEngine(max_requests=0), ScriptedEngine(max_requests=1, hold_at=HELD)
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=first.address, b=second.address))
+        stream = submit(pool, request_id="one")
+        assert await take(stream, HELD) == whole_answer("one")[:HELD]
+        with pytest.raises(Overloaded) as refusal:
+            await drain(submit(pool, request_id="two"))
+        assert (refusal.value.what, refusal.value.retry_after_s) == ("the scripted queue is full", 7.0)
+        roomy.release()
+        assert await drain(stream) == whole_answer("one")[HELD:]
+
+    with served(full) as first, served(roomy) as second:
+        run(scenario)
+
+
+def test_a_listener_refuses_more_streams_than_its_bound() -> None:
+    engine = ScriptedEngine(hold_at=0)
+    server = RouterServer(engine, max_streams=1)
+    server.start()
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=server.address))
+        first = asyncio.create_task(drain(submit(pool, request_id="one")))
+        await asyncio.to_thread(engine.wait_for, lambda: ("one", 0) in engine.submitted)
+        with pytest.raises(Overloaded, match="1 streams"):
+            await drain(submit(pool, request_id="two"))
+        engine.release()
+        assert await first == whole_answer("one")
+
+    run(scenario)
+    server.stop()
+    engine.stop()
+
+
+def test_bad_input_keeps_its_type_and_parts_and_harms_nothing() -> None:
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=server.address))
+        with pytest.raises(InvalidInput) as invalid:
+            await drain(submit(pool, temperature=-0.5))
+        assert (invalid.value.field, invalid.value.value) == ("temperature", -0.5)
+        assert invalid.value.rule == "must be at least 0"
+        with pytest.raises(ContextOverflow) as overflow:
+            await drain(submit(pool, prompt_ids=[1] * 10_001))
+        assert (overflow.value.num_prompt_tokens, overflow.value.max_model_len) == (10_001, 10_000)
+        assert await drain(submit(pool)) == whole_answer()
+
+    with served(ScriptedEngine()) as server:
+        run(scenario)
+
+
+def test_a_prompt_longer_than_a_message_is_the_users_mistake() -> None:
+    async def scenario(_: RouterPool) -> None:
+        async with aclosing(RouterPool(max_message_bytes=1000)) as pool:
+            pool.connect(view(a=server.address))
+            with pytest.raises(InvalidInput, match="1000 bytes"):
+                await drain(submit(pool, prompt_ids=[1] * 2000))
+
+    with served(ScriptedEngine()) as server:
+        run(scenario)
+
+
+def test_a_stream_goes_on_elsewhere_when_its_listener_stops() -> None:
+    dying, heir = ScriptedEngine(hold_at=HELD), ScriptedEngine()
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=first.address, b=second.address))
+        stream = submit(pool)
+        head = await take(stream, HELD)
+        await asyncio.to_thread(first.stop)
+        assert head + await drain(stream) == whole_answer()
+        assert heir.submitted["r", 1].num_prompt == len(PROMPT)
+        assert dying.cancelled == [("r", 0)]
+
+    with served(dying) as first, served(heir) as second:
+        run(scenario)
+
+
+def test_a_stream_goes_on_elsewhere_when_its_engine_stops() -> None:
+    dying, heir = ScriptedEngine(hold_at=HELD), ScriptedEngine()
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=first.address, b=second.address))
+        stream = submit(pool)
+        head = await take(stream, HELD)
+        await asyncio.to_thread(dying.stop)
+        assert head + await drain(stream) == whole_answer()
+        assert await drain(submit(pool, request_id="next")) == whole_answer("next")
+
+    with served(dying) as first, served(heir) as second:
+        run(scenario)
+
+
+def test_a_stream_goes_on_elsewhere_when_its_router_is_killed() -> None:
+    async def scenario(pool: RouterPool) -> None:
+        with child() as (process, address), served(ScriptedEngine()) as heir:
+            pool.connect(view(a=address, b=heir.address))
+            stream = submit(pool)
+            head = await take(stream, HELD)
+            process.send_signal(signal.SIGKILL)
+            assert head + await drain(stream) == whole_answer()
+
+    run(scenario)
+
+
+def test_a_stopped_router_loses_its_streams_and_gets_new_ones_once_it_runs_again() -> None:
+    async def scenario(pool: RouterPool) -> None:
+        with child() as (process, address), served(ScriptedEngine()) as heir:
+            pool.connect(view(a=address, b=heir.address))
+            stream = submit(pool)
+            head = await take(stream, HELD)
+            process.send_signal(signal.SIGSTOP)
+            assert head + await drain(stream) == whole_answer()
+            assert await drain(submit(pool, request_id="next")) == whole_answer("next")
+            process.send_signal(signal.SIGCONT)
+            pool.connect(view(a=address))
+            again = submit(pool, request_id="again", max_tokens=HELD)
+            assert await take(again, HELD) == whole_answer("again")[:HELD]
+            await again.aclose()
+
+    run(scenario, silence_s=1.0)
+
+
+def test_a_stream_waits_for_its_only_router_to_come_back_at_another_address() -> None:
+    dying, heir = ScriptedEngine(hold_at=HELD), ScriptedEngine()
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=first.address))
+        stream = submit(pool)
+        head = await take(stream, HELD)
+        await asyncio.to_thread(first.stop)
+        tail = asyncio.create_task(drain(stream))
+        while pool.running() != {"a": 0}:
+            await asyncio.sleep(0)
+        assert not tail.done()
+        await asyncio.to_thread(pool.connect, view(a=second.address))
+        assert head + await tail == whole_answer()
+
+    with served(dying) as first, served(heir) as second:
+        run(scenario)
+
+
+def test_a_stream_waits_for_its_only_router_to_come_back_at_the_same_address() -> None:
+    dying, heir = ScriptedEngine(hold_at=HELD), ScriptedEngine()
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=first.address))
+        stream = submit(pool)
+        head = await take(stream, HELD)
+        await asyncio.to_thread(first.stop)
+        tail = asyncio.create_task(drain(stream))
+        while pool.running() != {"a": 0}:
+            await asyncio.sleep(0)
+        second = RouterServer(heir, ports=range(first.port, first.port + 1))
+        second.start()
+        assert head + await tail == whole_answer()
+        await asyncio.to_thread(second.stop)
+
+    with served(dying) as first:
+        run(scenario)
+    heir.stop()
+
+
+def test_a_request_may_come_before_the_first_router() -> None:
+    async def scenario(pool: RouterPool) -> None:
+        task = asyncio.create_task(drain(submit(pool)))
+        await asyncio.sleep(0)
+        pool.connect(view(a=server.address))
+        assert await task == whole_answer()
+
+    with served(ScriptedEngine()) as server:
+        run(scenario)
+
+
+def test_routers_that_are_not_ready_get_no_requests() -> None:
+    leaving = ScriptedEngine()
+
+    async def scenario(pool: RouterPool) -> None:
+        draining = RouterInfo(name="a", address=first.address, state="draining")
+        pool.connect({"a": draining, **view(b=second.address)})
+        assert await drain(submit(pool)) == whole_answer()
+        assert leaving.submitted == {}
+
+    with served(leaving) as first, served(ScriptedEngine()) as second:
+        run(scenario)
+
+
+def test_a_router_that_leaves_the_view_ends_what_it_began() -> None:
+    engine = ScriptedEngine(hold_at=HELD)
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=server.address))
+        stream = submit(pool)
+        head = await take(stream, HELD)
+        pool.connect({})
+        while pool.running() != {}:
+            await asyncio.sleep(0)
+        engine.release()
+        assert head + await drain(stream) == whole_answer()
+        assert list(engine.submitted) == [("r", 0)]
+
+    with served(engine) as server:
+        run(scenario)
+
+
+def test_without_a_router_the_deadline_ends_a_request() -> None:
+    async def scenario(pool: RouterPool) -> None:
+        [finish] = await drain(submit(pool, timeout_s=0.05))
+        assert isinstance(finish, FinishEvent)
+        assert (finish.reason, finish.code) == (FinishReason.ERROR, "router_unavailable")
+
+    run(scenario)
+
+
+def test_an_engine_that_ignores_the_deadline_is_cut_off() -> None:
+    engine = ScriptedEngine(hold_at=0)
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=server.address))
+        [finish] = await drain(submit(pool, timeout_s=1.0))
+        assert isinstance(finish, FinishEvent)
+        assert (finish.reason, finish.code) == (FinishReason.ERROR, "deadline_exceeded")
+        await asyncio.to_thread(engine.wait_for, lambda: engine.cancelled == [("r", 0)])
+
+    with served(engine) as server:
+        run(scenario)
+
+
+def test_closing_the_pool_ends_its_requests() -> None:
+    engine = ScriptedEngine(hold_at=HELD)
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=server.address))
+        stream = submit(pool)
+        await take(stream, HELD)
+        tail = asyncio.create_task(drain(stream))
+        waiting = asyncio.create_task(drain(submit(pool, request_id="next")))
+        await asyncio.to_thread(engine.wait_for, lambda: ("next", 0) in engine.submitted)
+        await pool.aclose()
+        for ended in (await tail, await waiting, await drain(submit(pool, request_id="late"))):
+            assert isinstance(ended[-1], FinishEvent)
+            assert ended[-1].code == "router_unavailable"
+
+    with served(engine) as server:
+        run(scenario)
+
+
+def test_many_streams_are_spread_and_whole_when_one_router_dies() -> None:
+    dying, heir = ScriptedEngine(hold_at=HELD), ScriptedEngine(hold_at=HELD)
+    prompts = {f"r{number}": [number, *PROMPT] for number in range(64)}
+
+    async def one(pool: RouterPool, request_id: str) -> list[Event]:
+        return await drain(submit(pool, request_id=request_id, prompt_ids=prompts[request_id], max_tokens=40))
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=first.address, b=second.address))
+        tasks = {name: asyncio.create_task(one(pool, name)) for name in prompts}
+        await asyncio.to_thread(dying.wait_for, lambda: len(dying.submitted) == 32)
+        await asyncio.to_thread(heir.wait_for, lambda: len(heir.submitted) == 32)
+        assert pool.running() == {"a": 32, "b": 32}
+        await asyncio.to_thread(first.stop)
+        heir.release()
+        for name, task in tasks.items():
+            assert await task == whole_answer(name, prompts[name], 40)
+
+    with served(dying) as first, served(heir) as second:
+        run(scenario)
+
+
+def raw_request() -> pb.SubmitRequest:
+    sampling = SamplingParams(max_tokens=1)
+    return encode_submit(
+        request_id="r", attempt=0, prompt_ids=PROMPT, emitted_ids=[], sampling=sampling, timeout_s=PATIENCE_S
+    )
+
+
+def channel_to(server: RouterServer) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(server.address, [("grpc.enable_http_proxy", 0)])
+
+
+def test_a_retired_link_closes_with_its_last_call() -> None:
+    async def scenario() -> None:
+        link = Link(
+            name="a",
+            address=server.address,
+            probe_interval_s=0.05,
+            max_message_bytes=1 << 20,
+            on_change=lambda: None,
+        )
+        call = link.open(raw_request(), PATIENCE_S)
+        link.retire()
+        assert await call.read(PATIENCE_S) == Received()
+        call.close()
+        await asyncio.sleep(0)
+        with pytest.raises(grpc.aio.UsageError, match="closed"):
+            link.open(raw_request(), PATIENCE_S)
+        await link.aclose()
+
+    with served(ScriptedEngine(hold_at=0)) as server:
+        asyncio.run(scenario())
+
+
+def test_an_idle_stream_gets_heartbeats_and_a_clear_end() -> None:
+    async def scenario() -> None:
+        async with channel_to(server) as channel:
+            call = router_pb2_grpc.RouterServiceStub(channel).Submit(raw_request())
+            for _ in range(4):
+                response = await call.read()
+                assert not response.tokens and not response.HasField("finish")
+            stopping = asyncio.create_task(asyncio.to_thread(server.stop))
+            with pytest.raises(grpc.aio.AioRpcError, match="this router stops"):
+                while True:
+                    await call.read()
+            await stopping
+
+    with served(ScriptedEngine(hold_at=0)) as server:
+        asyncio.run(scenario())
+
+
+def test_a_listener_without_an_engine_answers_no_pings() -> None:
+    engine = ScriptedEngine()
+
+    async def scenario() -> None:
+        async with channel_to(server) as channel:
+            stub = router_pb2_grpc.RouterServiceStub(channel)
+            await stub.Ping(pb.PingRequest())
+            engine.stop()
+            with pytest.raises(grpc.aio.AioRpcError, match="this router is stopping"):
+                await stub.Submit(raw_request()).read()
+            with pytest.raises(grpc.aio.AioRpcError, match="the engine has stopped"):
+                await stub.Ping(pb.PingRequest())
+
+    with served(engine) as server:
+        asyncio.run(scenario())
+
+
+def test_a_taken_port_is_an_error_and_a_range_is_searched() -> None:
+    engine = ScriptedEngine()
+    with served(engine) as first, ExitStack() as stack:
+        with pytest.raises(InvalidInput, match=f"{first.port}-{first.port}"):
+            RouterServer(engine, ports=range(first.port, first.port + 1)).start()
+        second = RouterServer(engine, ports=range(first.port, min(first.port + 50, 65536)))
+        stack.callback(second.stop)
+        second.start()
+        assert second.port > first.port
+
+
+def test_a_server_that_never_started_can_be_stopped() -> None:
+    engine = ScriptedEngine()
+    RouterServer(engine).stop()
+    engine.stop()
