@@ -1,0 +1,218 @@
+"""Which blocks of the KV cache hold which positions of which request. Knows nothing of tensors (they live in
+the runner), of scheduling or of time.
+
+There are two pools of fixed-size blocks. A *global* block covers `block_size` tokens of every full-attention
+layer, a *local* block `block_size` tokens of every chunked layer. With b = block_size, C = chunk_size, p a
+position:
+
+    global table   block p // b,        offset p % b
+    local table    block (p - s) // b,  offset (p - s) % b,  s = p // C * C   (s = 0 without chunks)
+
+A chunked layer sees nothing before its chunk, so the local table is dropped whenever a request has computed
+up to a border, and starts anew: a sequence of any length holds at most ceil(C / b) local blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from experts.errors import InvalidInput
+from router.engine.request import Request
+
+
+class BlockCount(NamedTuple):
+    """Numbers of global and local blocks."""
+
+    num_global: int
+    num_local: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVLayout:
+    """Sizes of the two pools, in blocks of `block_size` tokens.
+
+    `chunk_size` None means that local layers see everything. A kind of layer that the model lacks has no
+    blocks and costs nothing.
+    """
+
+    block_size: int
+    num_global_blocks: int
+    num_local_blocks: int
+    chunk_size: int | None
+    has_global: bool
+    has_local: bool
+
+    def __post_init__(self) -> None:
+        assert self.block_size >= 1 and (self.chunk_size is None or self.chunk_size >= 1), self
+        assert self.has_global or self.has_local, self
+        assert self.num_global_blocks >= 0 and (self.has_global or not self.num_global_blocks), self
+        assert self.num_local_blocks >= 0 and (self.has_local or not self.num_local_blocks), self
+
+    @property
+    def border(self) -> int | None:
+        """Length of the chunks that pieces must not cross; None when there are none."""
+        return self.chunk_size if self.has_local else None
+
+    def chunk_start(self, position: int) -> int:
+        """First position of the chunk that `position` is in."""
+        return position // self.border * self.border if self.border else 0
+
+    def clip_to_chunk(self, start: int, count: int) -> int:
+        """How many of the `count` positions from `start` are in the chunk of `start`."""
+        return min(count, self.border - start % self.border) if self.border else count
+
+    def blocks_needed(self, num_computed: int, num_new: int) -> BlockCount:
+        """Lengths of the tables of a sequence that, after `num_computed` tokens, computes `num_new` more, all
+        in one chunk."""
+        end = num_computed + num_new
+        return self._blocks(end, end - self.chunk_start(num_computed))
+
+    def peak_blocks(self, num_tokens: int) -> BlockCount:
+        """The most blocks of each kind that a sequence holds at one time on its way to `num_tokens`."""
+        return self._blocks(num_tokens, self.clip_to_chunk(0, num_tokens))
+
+    def capacity_tokens(self, limit: int) -> int:
+        """Length of the longest sequence that fits when it is alone, but no more than `limit`."""
+        capacity = limit
+        if self.has_global:
+            capacity = min(capacity, self.num_global_blocks * self.block_size)
+        if self.peak_blocks(capacity).num_local > self.num_local_blocks:
+            capacity = self.num_local_blocks * self.block_size
+        return capacity
+
+    def _blocks(self, num_global_tokens: int, num_local_tokens: int) -> BlockCount:
+        return BlockCount(
+            num_global=-(-num_global_tokens // self.block_size) if self.has_global else 0,
+            num_local=-(-num_local_tokens // self.block_size) if self.has_local else 0,
+        )
+
+
+class KVCache:
+    """The two free lists. Tables and `num_computed` live in the request, and only this class changes them.
+
+    A step is a pair: `extend` gives slots to the positions it will compute, `commit` says that they were.
+    What was extended but not committed (its row left the step) stays reserved and is used by the next try.
+    """
+
+    def __init__(self, layout: KVLayout) -> None:
+        self.layout = layout
+        self._free_global = list(reversed(range(layout.num_global_blocks)))
+        self._free_local = list(reversed(range(layout.num_local_blocks)))
+
+    @property
+    def num_free(self) -> BlockCount:
+        return BlockCount(num_global=len(self._free_global), num_local=len(self._free_local))
+
+    def can_extend(self, request: Request, num_new: int) -> bool:
+        """Whether `extend` would succeed."""
+        short = self._shortfall(request, num_new)
+        return short.num_global <= len(self._free_global) and short.num_local <= len(self._free_local)
+
+    def extend(self, request: Request, num_new: int) -> None:
+        """Give slots to positions [num_computed, num_computed + num_new), all in one chunk.
+
+        All or nothing; asserts `can_extend`.
+        """
+        assert 0 < num_new == self.layout.clip_to_chunk(request.num_computed, num_new), "crosses a border"
+        assert self.can_extend(request, num_new), "ask can_extend first"
+        short = self._shortfall(request, num_new)
+        request.global_blocks += [self._free_global.pop() for _ in range(short.num_global)]
+        request.local_blocks += [self._free_local.pop() for _ in range(short.num_local)]
+
+    def commit(self, request: Request, num_new: int) -> None:
+        """The next `num_new` positions, extended before, are computed. At a border the local blocks go."""
+        end = request.num_computed + num_new
+        assert _holds(request, self.layout.blocks_needed(request.num_computed, num_new)), "extend comes first"
+        request.num_computed = end
+        if self.layout.border and end % self.layout.border == 0:
+            self._free_local += reversed(request.local_blocks)
+            request.local_blocks.clear()
+
+    def free(self, request: Request) -> None:
+        """Take every block back: nothing of the request is computed any more."""
+        self._free_global += reversed(request.global_blocks)
+        self._free_local += reversed(request.local_blocks)
+        request.global_blocks.clear()
+        request.local_blocks.clear()
+        request.num_computed = 0
+
+    def check_integrity(self, owners: Iterable[Request]) -> None:
+        """Assert that no block is owned twice or lost, and that tables are as long as they must be.
+
+        `owners` are all requests that may hold blocks.
+        """
+        owners = list(owners)
+        owned_global = [block for request in owners for block in request.global_blocks]
+        owned_local = [block for request in owners for block in request.local_blocks]
+        assert sorted(owned_global + self._free_global) == list(range(self.layout.num_global_blocks))
+        assert sorted(owned_local + self._free_local) == list(range(self.layout.num_local_blocks))
+        for request in owners:
+            self._check_tables(request)
+
+    def _check_tables(self, request: Request) -> None:
+        start = request.num_computed
+        ahead = self.layout.clip_to_chunk(start, max(0, request.num_known - start))
+        assert _holds(request, self.layout.blocks_needed(start, 0)), f"{request.request_id}: too few blocks"
+        most = self.layout.blocks_needed(start, ahead)
+        assert len(request.global_blocks) <= most.num_global, f"{request.request_id}: too many global blocks"
+        assert len(request.local_blocks) <= most.num_local, f"{request.request_id}: too many local blocks"
+
+    def _shortfall(self, request: Request, num_new: int) -> BlockCount:
+        need = self.layout.blocks_needed(request.num_computed, num_new)
+        return BlockCount(
+            num_global=max(0, need.num_global - len(request.global_blocks)),
+            num_local=max(0, need.num_local - len(request.local_blocks)),
+        )
+
+
+def plan_layout(
+    *,
+    kv_bytes: int,
+    bytes_per_global_block: int,
+    bytes_per_local_block: int,
+    block_size: int,
+    chunk_size: int | None,
+    has_global: bool,
+    has_local: bool,
+    max_running: int,
+    min_tokens: int = 1,
+) -> KVLayout:
+    """Split `kv_bytes` into the two pools.
+
+    Inside its first chunk a sequence takes global and local blocks in equal numbers, so the pools start out
+    equal. No sequence ever holds more than one chunk of local blocks, so the local pool stops at one chunk
+    for each of `max_running` sequences, and global blocks, which are what long contexts need, get all the
+    rest. One sequence of `min_tokens` (say, a context length the user asked for) fits in any case, if need be
+    at the cost of the local blocks of its neighbours.
+
+    Raises InvalidInput naming `kv_memory` when not even that one sequence fits.
+    """
+    empty = KVLayout(
+        block_size=block_size,
+        num_global_blocks=0,
+        num_local_blocks=0,
+        chunk_size=chunk_size,
+        has_global=has_global,
+        has_local=has_local,
+    )
+    global_price = bytes_per_global_block if has_global else 0
+    local_price = bytes_per_local_block if has_local else 0
+    one = empty.peak_blocks(max(min_tokens, 1))
+    least_bytes = one.num_global * global_price + one.num_local * local_price
+    if kv_bytes < least_bytes:
+        rule = f"must be at least {least_bytes} bytes to hold one sequence of {max(min_tokens, 1)} tokens"
+        raise InvalidInput("kv_memory", kv_bytes, rule)
+    num_local = 0
+    if has_local:
+        equal = max(kv_bytes // (global_price + local_price), one.num_local)
+        affordable = (kv_bytes - one.num_global * global_price) // local_price
+        useful = max_running * empty.peak_blocks(chunk_size).num_local if chunk_size else equal
+        num_local = min(equal, affordable, useful)
+    num_global = (kv_bytes - num_local * local_price) // global_price if has_global else 0
+    return replace(empty, num_global_blocks=num_global, num_local_blocks=num_local)
+
+
+def _holds(request: Request, need: BlockCount) -> bool:
+    return len(request.global_blocks) >= need.num_global and len(request.local_blocks) >= need.num_local
