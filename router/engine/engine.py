@@ -121,12 +121,13 @@ class Engine:
         Raises InvalidInput, ContextOverflow, Overloaded or RouterLost, and then calls nothing. Attempts of one
         request are strangers to each other here: an older one that lingers does not stand in a newer one's way.
         """
-        for token in (*prompt_ids, *emitted_ids):
+        known = [*prompt_ids, *emitted_ids]
+        for token in (min(known, default=0), max(known, default=0)):
             if not 0 <= token < self._vocab_size:
                 raise InvalidInput("prompt", token, f"token ids must be in 0 … {self._vocab_size - 1}")
         request = Request(
             request_id=_name(request_id, attempt),
-            token_ids=[*prompt_ids, *emitted_ids],
+            token_ids=known,
             num_prompt=len(prompt_ids),
             sampling=sampling,
             deadline=deadline,
