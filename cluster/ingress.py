@@ -110,7 +110,8 @@ class ClusterBackend:
 
     def max_model_len(self) -> int:
         """The least of all routers', so that every one of them can take over a request from any other."""
-        return min((router.max_model_len for router in self._view.routers.values()), default=0)
+        told = (router.max_model_len for router in self._view.routers.values())
+        return min((length for length in told if length), default=0)
 
 
 class CountingApp:

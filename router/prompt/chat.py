@@ -129,11 +129,11 @@ class ChatTemplate:
         try:
             return self._template.render(variables)
         except jinja2.TemplateError as error:
-            rule = f"the chat template refuses them: {literals.restore(error.message or type(error).__name__)[:300]}"
+            rule = f"the chat template refuses them: {literals.restore(error.message or "no reason given")[:300]}"
             raise InvalidInput("messages", roles, rule) from error
         # An expression of the template may raise anything; all of it is about these messages.
         except Exception as error:
-            rule = f"the chat template cannot render them ({type(error).__name__})"
+            rule = "the chat template cannot render them"
             raise InvalidInput("messages", roles, rule) from error
 
     def _encode(self, text: str, literals: Literals) -> list[int]:
