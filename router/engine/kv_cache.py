@@ -69,9 +69,11 @@ class KVLayout:
         end = num_computed + num_new
         return self._blocks(end, end - self.chunk_start(num_computed))
 
-    def peak_blocks(self, num_tokens: int) -> BlockCount:
-        """The most blocks of each kind that a sequence holds at one time on its way to `num_tokens`."""
-        return self._blocks(num_tokens, self.clip_to_chunk(0, num_tokens))
+    def peak_blocks(self, num_tokens: int, num_computed: int = 0) -> BlockCount:
+        """The most blocks of each kind that a sequence holds at one time on its way from `num_computed` to
+        `num_tokens`."""
+        start = self.chunk_start(num_computed)
+        return self._blocks(num_tokens, self.clip_to_chunk(start, num_tokens - start))
 
     def capacity_tokens(self, limit: int) -> int:
         """Length of the longest sequence that fits when it is alone, but no more than `limit`."""

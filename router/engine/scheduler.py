@@ -402,7 +402,7 @@ def _holds_blocks(request: Request) -> bool:
 
 def _still_needed(cache: KVCache, request: Request) -> BlockCount:
     """Blocks that `request` will take before all its known tokens are computed."""
-    peak = cache.layout.peak_blocks(request.num_known)
+    peak = cache.layout.peak_blocks(request.num_known, request.num_computed)
     return BlockCount(
         num_global=max(0, peak.num_global - len(request.global_blocks)),
         num_local=max(0, peak.num_local - len(request.local_blocks)),

@@ -91,6 +91,24 @@ def test_chunks_need_not_fit_blocks(chunk_size: int, block_size: int, most_local
     assert most == most_local == layout.peak_blocks(40).num_local
 
 
+@given(
+    block_size=st.integers(1, 8),
+    chunk_size=st.none() | st.integers(1, 20),
+    num_computed=st.integers(0, 60),
+    num_tokens=st.integers(0, 60),
+)
+def test_peak_is_the_most_that_is_held_on_the_way(
+    block_size: int, chunk_size: int | None, num_computed: int, num_tokens: int
+) -> None:
+    layout = make_layout(block_size=block_size, chunk_size=chunk_size)
+    num_computed = min(num_computed, num_tokens)
+    way = [layout.blocks_needed(position, 1) for position in range(num_computed, num_tokens)]
+    way.append(layout.blocks_needed(num_computed, 0))
+    assert layout.peak_blocks(num_tokens, num_computed) == BlockCount(
+        max(count.num_global for count in way), max(count.num_local for count in way)
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "tables"),
     [

@@ -206,13 +206,22 @@ def test_admission_never_overtakes_a_big_request_that_waits_for_room() -> None:
 
 
 def test_admission_leaves_room_for_what_running_prompts_still_need() -> None:
-    desk = Desk(num_global=4, model_len=16, budget=5)
+    desk = Desk(num_global=4, num_local=8, chunk=4, model_len=16)
     desk.submit("a", 12, max_tokens=1)
     desk.submit("b", 5)
-    assert desk.step() == "a 0+5"
-    assert desk.step() == "a 5+5"
-    assert desk.step() == "a 10+2 → a0=5, a length"  # one block and three tokens were to spare, not two blocks
-    assert desk.step() == "b 0+5 → b0=5"
+    assert desk.step() == "a 0+4"  # three blocks are free, b would take two, but a still needs two
+    assert desk.step() == "a 4+4"
+    assert desk.step() == "a 8+4 → a0=5, a length"
+    assert desk.step() == "b 0+4"
+
+
+def test_admission_looks_at_both_pools() -> None:
+    desk = Desk(num_global=16, num_local=3, chunk=8, model_len=16)
+    desk.submit("a", 10, max_tokens=2)
+    desk.submit("b", 5)
+    assert desk.step() == "a 0+8"
+    assert desk.counts() == (1, 1, 0)  # one local block is free, and b needs two
+    assert desk.step() == "a 8+2, b 0+5 → a0=5, b0=5"  # a has passed a border
 
 
 # Memory runs out
