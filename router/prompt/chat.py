@@ -129,7 +129,7 @@ class ChatTemplate:
         try:
             return self._template.render(variables)
         except jinja2.TemplateError as error:
-            rule = f"the chat template refuses them: {literals.restore(error.message or "no reason given")[:300]}"
+            rule = f"the chat template refuses them: {literals.restore(error.message or 'no reason given')[:300]}"
             raise InvalidInput("messages", roles, rule) from error
         # An expression of the template may raise anything; all of it is about these messages.
         except Exception as error:
