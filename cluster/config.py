@@ -26,9 +26,10 @@ class ServeSettings:
     """What `herd serve` was asked for. Sizes in bytes, times in seconds, port 0 means any free one.
 
     `hosts` and `replicas` count for transport "grpc"; with "local" every router holds all experts itself.
-
     `host_bind` is the address that expert hosts listen on, `host_advertise` the one that routers are told: an address,
     or "address:A-B" whose ports stand for those of `host_ports` one by one. Empty: the node's own address.
+    `node_address` is where everything else listens; empty: what Ray calls the node. `state_dir` is the folder of
+    run file and journal on the controller's machine.
     """
 
     model_dir: Path
@@ -56,6 +57,7 @@ class ServeSettings:
     host_advertise: str = ""
     name: str = "herd"
     state_dir: str = ""
+    node_address: str = ""
 
     def __post_init__(self) -> None:
         _between("hosts", self.hosts, 1, 4096)

@@ -97,7 +97,9 @@ class HostProcess:
 
     def numbers(self) -> HostNumbers:
         """For the metrics page."""
-        return HostNumbers(load=self.host.load_snapshot(), slots=len(self.host.held()), held_bytes=self.host.held_bytes)
+        return HostNumbers(
+            name=self.name, load=self.host.load_snapshot(), slots=len(self.host.held()), held_bytes=self.host.held_bytes
+        )
 
     def stop(self) -> None:
         """Answer what is being computed, then end every part."""
@@ -158,6 +160,19 @@ class HostProcess:
                 log.warning("host %s leaves: no router and no controller for %.0f s", self.name, self._orphan_s)
                 self._leave()
                 return
+
+
+def tell_failure(name: str, *, node: str, resolve: Callable[[], str], problem: str, for_s: float) -> None:
+    """Tell the controller for `for_s` seconds why this host could not even begin."""
+    incarnation = time.time_ns()
+
+    def report() -> HostReport:
+        return HostReport(name=name, incarnation=incarnation, node=node, pid=os.getpid(), problem=problem)
+
+    link = HostLink(resolve=resolve, report=report, on_order=lambda order: None)
+    link.start()
+    time.sleep(for_s)
+    link.close()
 
 
 def _summary(failures: dict[ExpertKey, HerdError]) -> str:

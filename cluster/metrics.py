@@ -33,6 +33,7 @@ Families = Iterable[Metric]
 class HostNumbers:
     """A host's counters; `held_bytes` are those of the weights in its `slots`."""
 
+    name: str
     load: LoadSnapshot
     slots: int
     held_bytes: int
@@ -89,9 +90,9 @@ class _Reader(Collector):
 
 def host_families(numbers: HostNumbers) -> Iterator[Metric]:
     """What an expert host shows."""
-    rows = _counter("herd_host_rows", "Rows computed.", ("layer", "expert"))
+    rows = _counter("herd_expert_rows", "Rows computed.", ("layer", "expert", "host"))
     for (layer, expert), count in numbers.load.rows.items():
-        rows.add_metric([str(layer), str(expert)], count)
+        rows.add_metric([str(layer), str(expert), numbers.name], count)
     yield rows
     yield _counter("herd_host_shipments", "Shipments computed.", value=numbers.load.num_shipments)
     yield _counter("herd_host_compute_seconds", "Time spent computing shipments.", value=numbers.load.compute_s)

@@ -92,15 +92,23 @@ class RouterProcess:
             inner=None if isinstance(self.experts, RemoteExperts) else self._inner_numbers(self.experts),
         )
 
-    @staticmethod
-    def _inner_numbers(experts: LocalExperts) -> HostNumbers:
-        return HostNumbers(load=experts.load.snapshot(), slots=len(experts.weights), held_bytes=experts.num_bytes)
+    def _inner_numbers(self, experts: LocalExperts) -> HostNumbers:
+        return HostNumbers(
+            name=self._inner_name,
+            load=experts.load.snapshot(),
+            slots=len(experts.weights),
+            held_bytes=experts.num_bytes,
+        )
+
+    @property
+    def _inner_name(self) -> str:
+        return f"{self.name}-local"
 
     def _inner_host(self) -> HostReport | None:
         if isinstance(self.experts, RemoteExperts):
             return None
         return HostReport(
-            name=f"{self.name}-local",
+            name=self._inner_name,
             incarnation=self._incarnation,
             node=self._node,
             pid=os.getpid(),

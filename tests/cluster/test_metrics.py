@@ -27,7 +27,7 @@ from router.dispatch import DispatchStats
 from router.engine.engine import EngineStats
 
 LOAD = LoadSnapshot(rows={(1, 0): 5, (3, 2): 7}, rows_total=12, num_shipments=4, compute_s=0.25)
-HOST = HostNumbers(load=LOAD, slots=8, held_bytes=4096)
+HOST = HostNumbers(name="host-0", load=LOAD, slots=8, held_bytes=4096)
 ROUTER = RouterNumbers(
     engine=EngineStats(steps=3, step_s=1.5, prompt_tokens=10, output_tokens=6, finished=Counter({"stop": 2})),
     running=1,
@@ -78,7 +78,7 @@ Scrape = Callable[[Callable[[], Families]], dict[str, float]]
 
 def test_a_host_shows_rows_per_expert(scrape: Scrape) -> None:
     values = scrape(lambda: host_families(HOST))
-    assert values["herd_host_rows_total{expert=2,layer=3}"] == 7
+    assert values["herd_expert_rows_total{expert=2,host=host-0,layer=3}"] == 7
     assert values["herd_host_compute_seconds_total"] == 0.25
     assert values["herd_host_slots"] == 8
     assert values["herd_host_held_bytes"] == 4096
@@ -98,7 +98,7 @@ def test_a_router_shows_requests_tokens_and_shipments(scrape: Scrape) -> None:
 def test_a_router_that_computes_itself_shows_its_inner_host(scrape: Scrape) -> None:
     numbers = RouterNumbers(engine=EngineStats(), running=0, waiting=0, parked=0, kv_use=0.0, inner=HOST)
     values = scrape(lambda: router_families(numbers))
-    assert values["herd_host_rows_total{expert=0,layer=1}"] == 5
+    assert values["herd_expert_rows_total{expert=0,host=host-0,layer=1}"] == 5
     assert "herd_router_shipments_total" not in values
 
 

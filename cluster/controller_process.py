@@ -1,0 +1,82 @@
+"""The process of the controller: what the cluster shall be, its journal, its run file, its metrics page.
+
+Knows nothing of Ray; the executor that starts hosts is handed in.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from cluster.config import ServeSettings
+from cluster.control.grpc_server import ControlServer, Executor, Listener
+from cluster.control.journal import JournalFile
+from cluster.control.pack import pack
+from cluster.control.state import Journal, Replicas
+from cluster.metrics import MetricsPage, controller_families
+from cluster.run_file import RunFile, prepare_state_dir, run_file_path, state_dirs, write_run_file
+from experts.config import load_config
+
+log = logging.getLogger(__name__)
+
+
+class ControllerProcess:
+    """The controller with all its parts. `life_name` tells the journals of different Ray clusters apart."""
+
+    def __init__(self, settings: ServeSettings, *, node: str, bind: str, life_name: str, executor: Executor) -> None:
+        """Nothing listens yet. Raises CheckpointError and InvalidInput."""
+        folder = prepare_state_dir(Path(settings.state_dir) if settings.state_dir else state_dirs({})[0])
+        self._settings = settings
+        self._bind = bind
+        self._run_file = run_file_path(folder, settings.name, settings.port)
+        self._journal = JournalFile(folder / f"{settings.name}-{life_name}.journal")
+        self.server = ControlServer(
+            name=settings.name,
+            journal=self._journal,
+            fresh=Journal(digest=settings.digest(), target=plan_target(settings)),
+            hosts=settings.host_names,
+            executor=executor,
+            listener=Listener(bind=bind, advertise=node, port=settings.control_port),
+            node=node,
+        )
+        self._metrics: MetricsPage | None = None
+
+    def start(self) -> str:
+        """Listen; returns the control address. Raises InvalidInput when a wanted port is taken."""
+        address = self.server.start()
+        self._metrics = MetricsPage(
+            lambda: controller_families(self.server.status()), bind=self._bind, ports=self._settings.metrics_ports
+        )
+        self.server.set_metrics_address(self._metrics.address)
+        write_run_file(
+            self._run_file,
+            RunFile(name=self._settings.name, control=address, pid=os.getpid(), http=http_url(self._settings)),
+        )
+        return address
+
+    def remove_files(self) -> None:
+        """The cluster is over: nothing of it stays on disk."""
+        self._journal.remove()
+        self._run_file.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """End the listener and the page; the files stay for the next life."""
+        self.server.stop()
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def plan_target(settings: ServeSettings) -> Replicas:
+    """The initial placement of the model's experts; empty where routers compute them themselves."""
+    hosts = settings.host_names
+    if not hosts:
+        return {}
+    config = load_config(settings.model_dir)
+    return pack(layers=config.moe_layers, num_experts=config.num_experts, hosts=hosts, num_replicas=settings.replicas)
+
+
+def http_url(settings: ServeSettings, node: str = "127.0.0.1") -> str:
+    """Where clients reach the cluster; on `node` where it listens on every address."""
+    everywhere = settings.host in ("", "0.0.0.0", "::")
+    return f"http://{node if everywhere else settings.host}:{settings.port}"
