@@ -286,12 +286,12 @@ def test_without_a_template_the_tokenizer_must_be_llama_4s(folder: Path, tmp_pat
     [
         ("{{ raise_exception('roles must alternate <|eot|>') }}", "refuses them: roles must alternate <|eot|>"),
         ("{{ messages[0].missing.deeper }}", "has no attribute 'missing'"),
-        ("{{ messages[0].content + 1 }}", "cannot render them (TypeError)"),
-        ("{{ 1 // (messages | length - 1) }}", "cannot render them (ZeroDivisionError)"),
+        ("{{ messages[0].content + 1 }}", "cannot render them"),
+        ("{{ 1 // (messages | length - 1) }}", "cannot render them"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
-        ("{% include '/etc/passwd' %}", "cannot render them (TypeError)"),
-        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "cannot render them (RecursionError)"),
+        ("{% include '/etc/passwd' %}", "cannot render them"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "cannot render them"),
     ],
 )
 def test_a_template_that_fails_is_about_the_messages(tokenizer: Tokenizer, source: str, rule: str) -> None:
