@@ -28,6 +28,14 @@ class BlockCount(NamedTuple):
     num_global: int
     num_local: int
 
+    def covers(self, other: BlockCount) -> bool:
+        """Whether there are at least as many of both kinds."""
+        return self.num_global >= other.num_global and self.num_local >= other.num_local
+
+    def minus(self, other: BlockCount) -> BlockCount:
+        """What `other` leaves of each kind; never below zero."""
+        return BlockCount(max(0, self.num_global - other.num_global), max(0, self.num_local - other.num_local))
+
 
 @dataclass(frozen=True, kw_only=True)
 class KVLayout:
@@ -109,8 +117,12 @@ class KVCache:
 
     def can_extend(self, request: Request, num_new: int) -> bool:
         """Whether `extend` would succeed."""
-        short = self._shortfall(request, num_new)
-        return short.num_global <= len(self._free_global) and short.num_local <= len(self._free_local)
+        return self.num_free.covers(self._shortfall(request, num_new))
+
+    def still_needed(self, request: Request) -> BlockCount:
+        """Blocks that `request` will take before all its known tokens are computed, if nothing is freed but its
+        own local ones at borders."""
+        return self.layout.peak_blocks(request.num_known, request.num_computed).minus(_held(request))
 
     def extend(self, request: Request, num_new: int) -> None:
         """Give slots to positions [num_computed, num_computed + num_new), all in one chunk.
@@ -126,7 +138,7 @@ class KVCache:
     def commit(self, request: Request, num_new: int) -> None:
         """The next `num_new` positions, extended before, are computed. At a border the local blocks go."""
         end = request.num_computed + num_new
-        assert _holds(request, self.layout.blocks_needed(request.num_computed, num_new)), "extend comes first"
+        assert not any(self._shortfall(request, num_new)), "extend comes first"
         request.num_computed = end
         if self.layout.border and end % self.layout.border == 0:
             self._free_local += reversed(request.local_blocks)
@@ -156,17 +168,12 @@ class KVCache:
     def _check_tables(self, request: Request) -> None:
         start = request.num_computed
         ahead = self.layout.clip_to_chunk(start, max(0, request.num_known - start))
-        assert _holds(request, self.layout.blocks_needed(start, 0)), f"{request.request_id}: too few blocks"
-        most = self.layout.blocks_needed(start, ahead)
-        assert len(request.global_blocks) <= most.num_global, f"{request.request_id}: too many global blocks"
-        assert len(request.local_blocks) <= most.num_local, f"{request.request_id}: too many local blocks"
+        held = _held(request)
+        assert held.covers(self.layout.blocks_needed(start, 0)), f"{request.request_id} has too few blocks"
+        assert self.layout.blocks_needed(start, ahead).covers(held), f"{request.request_id} has too many blocks"
 
     def _shortfall(self, request: Request, num_new: int) -> BlockCount:
-        need = self.layout.blocks_needed(request.num_computed, num_new)
-        return BlockCount(
-            num_global=max(0, need.num_global - len(request.global_blocks)),
-            num_local=max(0, need.num_local - len(request.local_blocks)),
-        )
+        return self.layout.blocks_needed(request.num_computed, num_new).minus(_held(request))
 
 
 def plan_layout(
@@ -216,5 +223,5 @@ def plan_layout(
     return replace(empty, num_global_blocks=num_global, num_local_blocks=num_local)
 
 
-def _holds(request: Request, need: BlockCount) -> bool:
-    return len(request.global_blocks) >= need.num_global and len(request.local_blocks) >= need.num_local
+def _held(request: Request) -> BlockCount:
+    return BlockCount(len(request.global_blocks), len(request.local_blocks))

@@ -204,35 +204,38 @@ class Scheduler:
         return True
 
     def _admit(self, draft: _Draft) -> None:
+        """Start waiting requests, in order, while there is a place and room for all tokens they know. Admitting
+        more than that ends in preemption, which throws computed tokens away."""
         num_running = self.num_running
+        spare = self._spare_blocks()
         for request in self._in_phase(Phase.WAITING):
             if not draft.budget or num_running >= self.config.max_running:
                 return
+            need = self.cache.still_needed(request)
             if num_running == 0:
-                self._reclaim_parked_for(request)
-            if not self._has_room_for_all_of(request):
+                spare = self._reclaim_parked_for(need)
+            if not spare.covers(need):
                 return
             request.phase = Phase.RUNNING
             self._add_piece(draft, request)
             num_running += 1
+            spare = spare.minus(need)
 
-    def _has_room_for_all_of(self, request: Request) -> bool:
-        """Whether all known tokens of `request` fit beside what running requests still need for theirs.
-        Admitting more than that ends in preemption, which throws computed tokens away."""
-        free = self.cache.num_free
-        needs = [_still_needed(self.cache, other) for other in [*self._in_phase(Phase.RUNNING), request]]
-        return (
-            sum(need.num_global for need in needs) <= free.num_global
-            and sum(need.num_local for need in needs) <= free.num_local
-        )
+    def _spare_blocks(self) -> BlockCount:
+        """Free blocks less those that running requests still need for the tokens they know."""
+        spare = self.cache.num_free
+        for request in self._in_phase(Phase.RUNNING):
+            spare = spare.minus(self.cache.still_needed(request))
+        return spare
 
-    def _reclaim_parked_for(self, request: Request) -> None:
-        """For when nothing runs: parked requests must not keep `request` out, or one lost expert stops
-        everyone."""
-        while not self._has_room_for_all_of(request):
+    def _reclaim_parked_for(self, need: BlockCount) -> BlockCount:
+        """Nothing runs: parked requests must not keep a waiting one out, or one lost expert stops everyone.
+        Returns the spare blocks, which cover `need`."""
+        while not self.cache.num_free.covers(need):
             victim = self._latest_parked_holder()
             assert victim is not None, "one sequence alone must fit"
             self._preempt(victim)
+        return self.cache.num_free
 
     def _latest_parked_holder(self) -> Request | None:
         for request in reversed(self._live.values()):
@@ -372,7 +375,7 @@ class Scheduler:
         for name, request in self._live.items():
             assert request.request_id == name and request.phase is not Phase.DONE, name
             assert request.num_computed < request.num_known < self.config.max_model_len, name
-            assert request.phase is Phase.PARKED or not request.missing, f"{name}: misses experts, not parked"
+            assert (request.phase is Phase.PARKED) == bool(request.missing), f"{name}: parked for what?"
             assert request.phase is not Phase.WAITING or not _holds_blocks(request), f"{name}: has blocks"
 
 
@@ -398,15 +401,6 @@ def _num_behind(request: Request) -> int:
 
 def _holds_blocks(request: Request) -> bool:
     return bool(request.global_blocks or request.local_blocks)
-
-
-def _still_needed(cache: KVCache, request: Request) -> BlockCount:
-    """Blocks that `request` will take before all its known tokens are computed."""
-    peak = cache.layout.peak_blocks(request.num_known, request.num_computed)
-    return BlockCount(
-        num_global=max(0, peak.num_global - len(request.global_blocks)),
-        num_local=max(0, peak.num_local - len(request.local_blocks)),
-    )
 
 
 def _lateness(request: Request) -> tuple[str, str]:

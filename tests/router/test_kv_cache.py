@@ -178,7 +178,7 @@ def test_integrity_check_finds_lost_doubled_and_missing_blocks() -> None:
     with pytest.raises(AssertionError, match="too few"):
         cache.check_integrity([request, other])
     other.num_computed, other.token_ids = 0, []
-    with pytest.raises(AssertionError, match="too many local"):
+    with pytest.raises(AssertionError, match="too many"):
         cache.check_integrity([request, other])
 
 
