@@ -10,24 +10,29 @@ import json
 import multiprocessing
 import platform
 import queue
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cluster.config import ServeSettings
 from cluster.control.pack import pack
+from cluster.grpc_echo import echo_main, echo_stream
 from cluster.local import Model, build_engine, open_model
 from cluster.topology import Role, needs
+from experts.ffn import ExpertWeights
 from experts.host import ExpertHost
 from experts.placement import ClusterView, ExpertKey, HostInfo, Placement
+from experts.transport.base import Segment, Shipment
 from experts.transport.grpc_client import GrpcTransport
 from experts.transport.grpc_server import serve_expert_host
+from experts.wire.codec import LinkTerms
 from router.dispatch import DispatchStats, RemoteExperts
 from router.engine.engine import Engine
 from router.engine.request import Event, FinishEvent, SamplingParams, TokenEvent
@@ -157,35 +162,43 @@ def _await_links(remote: RemoteExperts, num_hosts: int) -> None:
 @contextmanager
 def host_processes(model: Model, settings: ServeSettings) -> Iterator[ClusterView]:
     """Expert hosts as plain child processes on the loopback, loaded; the view that names them."""
-    context = multiprocessing.get_context("spawn")
     placement = pack(
         layers=model.config.moe_layers,
         num_experts=model.config.num_experts,
         hosts=settings.host_names,
         num_replicas=settings.replicas,
     )
-    children = []
-    for name in settings.host_names:
-        ours, theirs = context.Pipe()
-        share = [key for key, holders in placement.items() if name in holders]
-        child = context.Process(target=_host_main, args=(theirs, name, settings, share), daemon=True)
-        child.start()
-        children.append((name, child, ours))
-    try:
+    shares = {name: [key for key, holders in placement.items() if name in holders] for name in settings.host_names}
+    with ExitStack() as stack:
+        starting = {
+            name: stack.enter_context(child(_host_main, name, settings, share)) for name, share in shares.items()
+        }
         hosts = {
-            name: HostInfo(name=name, incarnation=1, address=_address(pipe, name), state="ready")
-            for name, _, pipe in children
+            name: HostInfo(name=name, incarnation=1, address=address_from(pipe), state="ready")
+            for name, pipe in starting.items()
         }
         yield ClusterView(version=1, placement=Placement(epoch=1, replicas=placement), hosts=hosts)
+
+
+@contextmanager
+def child(main: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
+    """A process that runs `main(pipe, *arguments)` and is told to end by the closing of the pipe."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=main, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield ours
     finally:
-        for _, child, pipe in children:
-            pipe.close()
-            child.join(timeout=10)
-            child.kill()
+        ours.close()
+        process.join(timeout=10)
+        process.kill()
 
 
-def _address(pipe: Connection, name: str) -> str:
-    assert pipe.poll(TIMEOUT_S), f"{name} did not start"
+def address_from(pipe: Connection) -> str:
+    """What a child says when it listens."""
+    assert pipe.poll(TIMEOUT_S), "a child process did not start"
     address: str = pipe.recv()
     return address
 
@@ -197,7 +210,94 @@ def _host_main(pipe: Connection, name: str, settings: ServeSettings, keys: Seque
     host = ExpertHost(name, model.store())
     for key in keys:
         host.load(key)
-    server = serve_expert_host(host, terms=model.terms(), incarnation=1, bind="127.0.0.1")
+    _serve_until_closed(pipe, host, model.terms())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchResult:
+    """Round trips of one block of rows to a host process that computes next to nothing, and of the same bytes over a
+    bare gRPC stream. Microseconds."""
+
+    rows: int
+    hidden: int
+    dispatch_p50_us: float
+    dispatch_p99_us: float
+    echo_p50_us: float
+    echo_p99_us: float
+
+
+def bench_dispatch(hidden: int = 1024, rows: Sequence[int] = (1, 32, 256), rounds: int = 1000) -> list[DispatchResult]:
+    """Measure send → poll of one shipment of bfloat16 rows, and the bare echo, in turns on the same machine."""
+    torch.set_num_threads(1)
+    terms = LinkTerms(checkpoint_digest="bench", dtype=torch.bfloat16, hidden_size=hidden)
+    results = []
+    with child(_trivial_host_main, terms) as host, child(echo_main) as echo:
+        transport = GrpcTransport(router_name="bench", terms=terms)
+        transport.connect({"host": HostInfo(name="host", incarnation=1, address=address_from(host))})
+        give_up = time.monotonic() + 60
+        while not transport.linked():
+            assert time.monotonic() < give_up, "the host did not answer"
+            time.sleep(0.01)
+        with echo_stream(address_from(echo)) as round_trip:
+            for count in rows:
+                rows_TH = torch.randn(count, hidden).bfloat16()
+                message = rows_TH.view(torch.uint8).numpy().tobytes()
+                shipment = Shipment(segments=(Segment(layer=0, expert=0, num_rows=count),), rows_TH=rows_TH)
+                ours = _microseconds(partial(_there_and_back, transport, shipment), rounds)
+                bare = _microseconds(partial(round_trip, message), rounds)
+                results.append(
+                    DispatchResult(
+                        rows=count,
+                        hidden=hidden,
+                        dispatch_p50_us=ours[0],
+                        dispatch_p99_us=ours[1],
+                        echo_p50_us=bare[0],
+                        echo_p99_us=bare[1],
+                    )
+                )
+        transport.close()
+    return results
+
+
+def _there_and_back(transport: GrpcTransport, shipment: Shipment) -> None:
+    transport.send("host", shipment, time.monotonic() + 10)
+    [(_, result)] = transport.poll(time.monotonic() + 10)
+    assert isinstance(result, torch.Tensor), result
+
+
+def _microseconds(action: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Median and 99th percentile of `rounds` calls, after some to warm up."""
+    times = []
+    for _ in range(rounds + 50):
+        started = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - started) * 1e6)
+    times = sorted(times[50:])
+    return round(times[rounds // 2], 1), round(times[rounds * 99 // 100], 1)
+
+
+class _TrivialExperts:
+    """Experts of size 1: their computation costs next to nothing beside a round trip."""
+
+    def __init__(self, terms: LinkTerms) -> None:
+        self._weights = ExpertWeights(
+            gate_up_FH=torch.zeros(2, terms.hidden_size, dtype=terms.dtype),
+            down_HF=torch.zeros(terms.hidden_size, 1, dtype=terms.dtype),
+        )
+
+    def load(self, layer: int, expert: int) -> ExpertWeights:
+        return self._weights
+
+
+def _trivial_host_main(pipe: Connection, terms: LinkTerms) -> None:
+    torch.set_num_threads(1)
+    host = ExpertHost("host", _TrivialExperts(terms))
+    host.load((0, 0))
+    _serve_until_closed(pipe, host, terms)
+
+
+def _serve_until_closed(pipe: Connection, host: ExpertHost, terms: LinkTerms) -> None:
+    server = serve_expert_host(host, terms=terms, incarnation=1, bind="127.0.0.1")
     pipe.send(server.address)
     try:
         pipe.recv()
@@ -205,23 +305,17 @@ def _host_main(pipe: Connection, name: str, settings: ServeSettings, keys: Seque
         server.stop(0)
 
 
-def print_results(results: Sequence[EngineResult], out: str | None) -> None:
-    """A table on the screen; `out` also gets JSON with the setup ("-" is standard output instead of the table)."""
-    setup = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    document = json.dumps({"setup": setup, "results": [asdict(result) for result in results]}, indent=1)
+def print_results(results: Sequence[EngineResult] | Sequence[DispatchResult], out: str | None = None) -> None:
+    """A table on the screen; `out` also gets JSON with the setup ("-": JSON on standard output, and no table)."""
+    rows = [asdict(result) for result in results]
+    setup = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    document = json.dumps({"setup": setup, "results": rows}, indent=1)
     if out == "-":
-        sys.stdout.write(document + "\n")
+        print(document)
         return
     if out:
         Path(out).write_text(document + "\n")
-    print(f"{'transport':>9} {'hosts':>5} {'batch':>5} {'prompt':>6} {'output':>6} "
-          f"{'prefill tok/s':>13} {'decode tok/s':>12} {'step ms':>8} {'dispatch µs':>11}")  # fmt: skip
-    for r in results:
-        print(f"{r.transport:>9} {r.hosts:>5} {r.batch:>5} {r.prompt:>6} {r.output:>6} "
-              f"{r.prefill_tokens_per_s:>13.1f} {r.decode_tokens_per_s:>12.1f} {r.step_ms:>8.2f} "
-              f"{r.dispatch_us:>11.1f}")  # fmt: skip
+    widths = {name: max(len(name), 9) for name in rows[0]}
+    print("  ".join(f"{name:>{width}}" for name, width in widths.items()))
+    for row in rows:
+        print("  ".join(f"{row[name]:>{width}}" for name, width in widths.items()))

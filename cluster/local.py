@@ -25,6 +25,8 @@ from router.engine.scheduler import Scheduler, SchedulerConfig
 from router.model.decoder import Decoder, RoutedExperts
 
 BLOCK_SIZE = 16
+WAITING_TOKENS_PER_REQUEST = 4096
+"""The waiting queue is full of long prompts before it is full of requests when they are longer than this on average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ def build_engine(
             max_batch_tokens=settings.max_batch_tokens,
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
-            max_waiting_tokens=settings.max_waiting * capacity,
+            max_waiting_tokens=settings.max_waiting * WAITING_TOKENS_PER_REQUEST,
             max_model_len=settings.max_model_len or capacity,
             eos_ids=model.eos_ids,
         ),
