@@ -33,7 +33,7 @@ def echo_stream(address: str) -> Iterator[Callable[[bytes], bytes]]:
     """One stream to the echo; the function sends a message and waits for it to come back."""
     outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     with grpc.insecure_channel(address, options=OPTIONS) as channel:
-        call = channel.stream_stream(METHOD, _same, _same)(iter(outbox.get, None))
+        call: Any = channel.stream_stream(METHOD, _same, _same)(iter(outbox.get, None))
 
         def round_trip(message: bytes) -> bytes:
             outbox.put(message)
@@ -44,7 +44,7 @@ def echo_stream(address: str) -> Iterator[Callable[[bytes], bytes]]:
         outbox.put(None)
 
 
-class _Echo(grpc.GenericRpcHandler[bytes, bytes]):
+class _Echo(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     def service(self, details: Any) -> Any:
         return grpc.stream_stream_rpc_method_handler(_answers, _same, _same) if details.method == METHOD else None
 
