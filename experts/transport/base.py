@@ -82,7 +82,10 @@ class Transport(Protocol):
         ...
 
     def revived(self) -> frozenset[str]:
-        """Hosts that, since the last call, answered a shipment whose deadline had passed: slow, not dead."""
+        """Hosts that, since the last call, answered again after a `DeadlinePassed` of theirs: slow, not dead.
+
+        Ask once every result of a `poll` is taken: what a host answered by then may be part of the answer.
+        """
         ...
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from experts.errors import BadFrame, DeadlinePassed, HostLost, TransportError
 from experts.placement import HostInfo
 from experts.transport.base import Shipment, Ticket
-from experts.transport.grpc_options import client_options
+from experts.transport.grpc_options import METHOD, SERVICE, client_options
 from experts.wire.codec import (
     LinkTerms,
     decode_error,
@@ -26,9 +26,9 @@ from experts.wire.codec import (
     encode_hello,
     encode_shipment,
     message_bound,
+    read_response,
 )
-from experts.wire.expert_pb2 import ExchangeRequest, ExchangeResponse
-from experts.wire.expert_pb2_grpc import ExpertHostServiceStub
+from experts.wire.expert_pb2 import ExchangeResponse
 
 log = logging.getLogger(__name__)
 
@@ -156,15 +156,16 @@ class Link:
         outbox: _Outbox = queue.SimpleQueue()
         channel = grpc.insecure_channel(self._info.address, options=client_options(self._setup.max_message_bytes))
         try:
-            call = ExpertHostServiceStub(channel).Exchange(self._requests(outbox))
+            exchange = channel.stream_stream(f"/{SERVICE}/{METHOD}", None, None)
+            call = exchange(self._requests(outbox))
             if not self._begin(call):
                 return False
             # Waits as long as the connection lives: until it says hello, a host is as good as down.
-            for position, response in enumerate(call):
+            for position, frame in enumerate(call):
                 if position:
-                    self._take(response)
+                    self._take(frame)
                 else:
-                    self._bring_up(response, outbox)
+                    self._bring_up(frame, outbox)
             self._report("the host ended the stream")
         except grpc.RpcError as error:
             self._report(str(error.details()))
@@ -174,7 +175,7 @@ class Link:
             channel.close()
         return was_up
 
-    def _requests(self, outbox: _Outbox) -> Iterator[ExchangeRequest]:
+    def _requests(self, outbox: _Outbox) -> Iterator[bytes]:
         """What the stream sends; runs in a thread of gRPC's, which alone waits when the host takes nothing."""
         yield encode_hello(self._setup.terms, self._setup.router_name)
         while (out := outbox.get()) is not None:
@@ -189,8 +190,9 @@ class Link:
             self._call = call
             return True
 
-    def _bring_up(self, first: ExchangeResponse, outbox: _Outbox) -> None:
+    def _bring_up(self, frame: bytes, outbox: _Outbox) -> None:
         """Check the host's first message and link up. Raises _Refused."""
+        first, _ = self._read(frame)
         if first.WhichOneof("payload") != "hello":
             raise _Refused(first.error.message[:200] or "the first message is no hello")
         hello = first.hello
@@ -204,8 +206,9 @@ class Link:
         self._last_trouble = ""
         self._notify()
 
-    def _take(self, response: ExchangeResponse) -> None:
+    def _take(self, frame: bytes) -> None:
         """Pass an answer on. Raises _Refused when it is none."""
+        response, rows = self._read(frame)
         kind = response.WhichOneof("payload")
         if kind not in ("result", "error"):
             raise _Refused("it breaks the protocol")
@@ -218,12 +221,18 @@ class Link:
         outcome: Outcome
         try:
             if kind == "result":
-                outcome = decode_result(response.result, num_rows, self._setup.terms, self._host)
+                outcome = decode_result(response.result, rows, num_rows, self._setup.terms, self._host)
             else:
                 outcome = decode_error(response.error, self._host)
         except BadFrame as error:
             outcome = error
         self._setup.arrived.put(Arrival(ticket=seq, host=self._host, outcome=outcome))
+
+    def _read(self, frame: bytes) -> tuple[ExchangeResponse, memoryview]:
+        try:
+            return read_response(frame, self._host)
+        except BadFrame as error:
+            raise _Refused(error.problem) from error
 
     def _end(self, reason: str) -> bool:
         """Take the link down, if it is up, and fail what is in flight. Whether it was up."""

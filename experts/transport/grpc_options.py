@@ -1,6 +1,9 @@
-"""The gRPC settings that both ends of a link share, so that they fit each other."""
+"""What both ends of a gRPC link must share to fit each other: the method's name and the settings."""
 
 from __future__ import annotations
+
+SERVICE = "herd.expert.v1.ExpertHostService"
+METHOD = "Exchange"
 
 Options = list[tuple[str, int]]
 

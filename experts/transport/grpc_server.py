@@ -15,7 +15,7 @@ import grpc
 
 from experts.errors import BadFrame, DeadlinePassed, InvalidInput, TransportError
 from experts.host import ExpertHost
-from experts.transport.grpc_options import server_options
+from experts.transport.grpc_options import METHOD, SERVICE, server_options
 from experts.wire.codec import (
     DEFAULT_MAX_MESSAGE_BYTES,
     LinkTerms,
@@ -25,10 +25,10 @@ from experts.wire.codec import (
     encode_mismatch,
     encode_result,
     mismatch,
+    read_request,
 )
-from experts.wire.expert_pb2 import ExchangeRequest, ExchangeResponse
+from experts.wire.expert_pb2 import Hello
 from experts.wire.expert_pb2 import Shipment as ShipmentMessage
-from experts.wire.expert_pb2_grpc import add_ExpertHostServiceServicer_to_server
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class ExpertHostServer:
             maximum_concurrent_rpcs=max_streams,
         )
         self._exchange = _Exchange(host, terms, encode_host_hello(host.name, incarnation, max_message_bytes))
-        add_ExpertHostServiceServicer_to_server(self._exchange, self._server)
+        self._server.add_generic_rpc_handlers((_service(self._exchange),))
         self.port = _bind(self._server, bind, ports)
         self.address = _join(bind, self.port)
         self._server.start()
@@ -97,9 +97,9 @@ class ExpertHostServer:
 
 
 class _Exchange:
-    """The service: every stream runs `Exchange` in a thread of its own."""
+    """The service: every stream runs `exchange` in a thread of its own."""
 
-    def __init__(self, host: ExpertHost, terms: LinkTerms, hello: ExchangeResponse) -> None:
+    def __init__(self, host: ExpertHost, terms: LinkTerms, hello: bytes) -> None:
         self._host = host
         self._terms = terms
         self._hello = hello
@@ -107,43 +107,50 @@ class _Exchange:
         self.busy = _Gauge()
         self.links = _Gauge()
 
-    def Exchange(
-        self, requests: Iterator[ExchangeRequest], context: grpc.ServicerContext
-    ) -> Iterator[ExchangeResponse]:
-        first = next(requests, None)
-        if first is None or first.WhichOneof("payload") != "hello":
-            yield encode_error(0, BadFrame(context.peer(), "the first message must be a hello"))
-            return
-        difference = mismatch(first.hello, self._terms)
-        if difference:
-            log.warning("refused router %.80r: %s", first.hello.router_name, difference)
-            yield encode_mismatch(difference)
-            return
-        with self.links:
-            yield self._hello
-            yield from self._answers(requests, first.hello.router_name[:80])
+    def exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """One router's stream, from hello to end. What cannot be read ends it, and nothing else."""
+        router = context.peer()
+        try:
+            hello = self._greet(next(frames, b""), router)
+            difference = mismatch(hello, self._terms)
+            if difference:
+                log.warning("refused router %.80r: %s", hello.router_name, difference)
+                yield encode_mismatch(difference)
+                return
+            with self.links:
+                yield self._hello
+                yield from self._answers(frames, router)
+        except BadFrame as error:
+            log.warning("ended the stream of %s: %s", router, error.problem)
+            yield encode_error(0, error)
 
     def drain(self, grace: float) -> None:
         """Begin no further shipment; return when the current ones are answered, or after `grace` seconds."""
         self._draining = True
         self.busy.wait_for_zero(grace)
 
-    def _answers(self, requests: Iterator[ExchangeRequest], router: str) -> Iterator[ExchangeResponse]:
-        for request in requests:
+    def _greet(self, frame: bytes, router: str) -> Hello:
+        request, _ = read_request(frame, router)
+        if request.WhichOneof("payload") != "hello":
+            raise BadFrame(router, "the first message must be a hello")
+        return request.hello
+
+    def _answers(self, frames: Iterator[bytes], router: str) -> Iterator[bytes]:
+        for frame in frames:
             if self._draining:
                 return
+            request, rows = read_request(frame, router)
             if request.WhichOneof("payload") != "shipment":
-                yield encode_error(0, BadFrame(router, "only shipments may follow the hello"))
-                return
+                raise BadFrame(router, "only shipments may follow the hello")
             # Busy until the answer is on its way: the generator resumes only then.
             with self.busy:
-                yield self._answer(request.shipment, router)
+                yield self._answer(request.shipment, rows, router)
 
-    def _answer(self, message: ShipmentMessage, router: str) -> ExchangeResponse:
+    def _answer(self, message: ShipmentMessage, rows: memoryview, router: str) -> bytes:
         try:
             if not message.deadline_ms:
                 raise DeadlinePassed(self._host.name, "the deadline had passed on arrival")
-            y_TH = self._host.compute(decode_shipment(message, self._terms, router))
+            y_TH = self._host.compute(decode_shipment(message, rows, self._terms, router))
         except TransportError as error:
             return encode_error(message.seq, error)
         return encode_result(message.seq, y_TH)
@@ -170,6 +177,12 @@ class _Gauge:
         with self._changed:
             self.value += change
             self._changed.notify_all()
+
+
+def _service(exchange: _Exchange) -> grpc.GenericRpcHandler[bytes, bytes]:
+    """Frames pass gRPC as the bytes that they are: see `experts.wire.frames`."""
+    handler = grpc.stream_stream_rpc_method_handler(exchange.exchange)
+    return grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler})
 
 
 def _bind(server: grpc.Server, bind: str, ports: range | None) -> int:

@@ -1,4 +1,4 @@
-"""Shipments, results and errors as messages of `proto/expert.proto`, and back. Knows no network, no time.
+"""Shipments, results and errors as frames of `proto/expert.proto`, and back. Knows no network, no time.
 
 Everything read here came from outside: dtype, shape and length are checked against each other and against the
 link's terms before a tensor is made, and anything that does not fit is a BadFrame. Tensors share the memory of
@@ -34,6 +34,7 @@ from experts.wire.expert_pb2 import (
 )
 from experts.wire.expert_pb2 import Segment as SegmentMessage
 from experts.wire.expert_pb2 import Shipment as ShipmentMessage
+from experts.wire.frames import join, split
 
 PROTOCOL_VERSION = 1
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 2**20
@@ -78,7 +79,7 @@ def message_bound(shipment: Shipment) -> int:
     return shipment.rows_TH.nbytes + 32 * len(shipment.segments) + 256
 
 
-def encode_hello(terms: LinkTerms, router_name: str) -> ExchangeRequest:
+def encode_hello(terms: LinkTerms, router_name: str) -> bytes:
     """A router's first message."""
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
@@ -87,7 +88,7 @@ def encode_hello(terms: LinkTerms, router_name: str) -> ExchangeRequest:
         hidden_size=terms.hidden_size,
         router_name=router_name,
     )
-    return ExchangeRequest(hello=hello)
+    return ExchangeRequest(hello=hello).SerializeToString()
 
 
 def mismatch(hello: Hello, terms: LinkTerms) -> str:
@@ -101,17 +102,17 @@ def mismatch(hello: Hello, terms: LinkTerms) -> str:
     return "; ".join(f"{name} is {theirs}, not {ours}" for name, theirs, ours in pairs if theirs != ours)
 
 
-def encode_host_hello(host_name: str, incarnation: int, max_message_bytes: int) -> ExchangeResponse:
+def encode_host_hello(host_name: str, incarnation: int, max_message_bytes: int) -> bytes:
     """A host's first message."""
     hello = HostHello(host_name=host_name, incarnation=incarnation, max_message_bytes=max_message_bytes)
-    return ExchangeResponse(hello=hello)
+    return ExchangeResponse(hello=hello).SerializeToString()
 
 
-def encode_shipment(seq: int, shipment: Shipment, remaining_s: float) -> ExchangeRequest:
+def encode_shipment(seq: int, shipment: Shipment, remaining_s: float) -> bytes:
     """`remaining_s`: seconds until its deadline. One that has none left travels without its rows: nobody waits
     for the answer, but its coming tells that the host is alive."""
     if remaining_s <= 0:
-        return ExchangeRequest(shipment=ShipmentMessage(seq=seq))
+        return ExchangeRequest(shipment=ShipmentMessage(seq=seq)).SerializeToString()
     rows_TH = shipment.rows_TH
     message = ShipmentMessage(
         seq=seq,
@@ -124,13 +125,17 @@ def encode_shipment(seq: int, shipment: Shipment, remaining_s: float) -> Exchang
             SegmentMessage(layer=segment.layer, expert=segment.expert, num_rows=segment.num_rows)
             for segment in shipment.segments
         ],
-        rows=_to_bytes(rows_TH),
     )
-    return ExchangeRequest(shipment=message)
+    return join(ExchangeRequest(shipment=message), rows_TH)
 
 
-def decode_shipment(message: ShipmentMessage, terms: LinkTerms, peer: str) -> Shipment:
-    """The shipment of `message`; `peer` names who sent it. Raises BadFrame."""
+def read_request(frame: bytes, peer: str) -> tuple[ExchangeRequest, memoryview]:
+    """What a router sent, and its rows. Raises BadFrame."""
+    return split(frame, ExchangeRequest, peer)
+
+
+def decode_shipment(message: ShipmentMessage, rows: memoryview, terms: LinkTerms, peer: str) -> Shipment:
+    """The shipment of `message` and its `rows`; `peer` names who sent it. Raises BadFrame."""
     if len(message.segments) > MAX_SEGMENTS:
         raise BadFrame(peer, f"{len(message.segments)} segments where {MAX_SEGMENTS} are allowed")
     segments = tuple(
@@ -139,29 +144,33 @@ def decode_shipment(message: ShipmentMessage, terms: LinkTerms, peer: str) -> Sh
     total = sum(segment.num_rows for segment in segments)
     if total != message.num_rows:
         raise BadFrame(peer, f"segments of {total} rows in a shipment of {message.num_rows}")
-    return Shipment(segments=segments, rows_TH=_decode_rows(message, terms, peer), epoch=message.epoch)
+    return Shipment(segments=segments, rows_TH=_decode_rows(message, rows, terms, peer), epoch=message.epoch)
 
 
-def encode_result(seq: int, y_TH: torch.Tensor) -> ExchangeResponse:
+def encode_result(seq: int, y_TH: torch.Tensor) -> bytes:
     """The answer to shipment `seq`."""
     message = Result(
         seq=seq,
         dtype=_NAME_OF[y_TH.dtype],
         num_rows=y_TH.shape[0],
         hidden_size=y_TH.shape[1],
-        rows=_to_bytes(y_TH),
     )
-    return ExchangeResponse(result=message)
+    return join(ExchangeResponse(result=message), y_TH)
 
 
-def decode_result(message: Result, num_rows: int, terms: LinkTerms, peer: str) -> torch.Tensor:
-    """The rows of an answer to a shipment of `num_rows`, [T, H]. Raises BadFrame."""
+def read_response(frame: bytes, peer: str) -> tuple[ExchangeResponse, memoryview]:
+    """What a host sent, and its rows. Raises BadFrame."""
+    return split(frame, ExchangeResponse, peer)
+
+
+def decode_result(message: Result, rows: memoryview, num_rows: int, terms: LinkTerms, peer: str) -> torch.Tensor:
+    """The `rows` of an answer to a shipment of `num_rows`, [T, H]. Raises BadFrame."""
     if message.num_rows != num_rows:
         raise BadFrame(peer, f"{message.num_rows} rows in answer to {num_rows}")
-    return _decode_rows(message, terms, peer)
+    return _decode_rows(message, rows, terms, peer)
 
 
-def encode_error(seq: int, error: TransportError) -> ExchangeResponse:
+def encode_error(seq: int, error: TransportError) -> bytes:
     """Why shipment `seq` has no result. HostLost has no place on the wire: it is the wire's end."""
     kind = next(kind for kind, cls in _ERROR_OF.items() if isinstance(error, cls))
     missing: Iterable[ExpertKey] = sorted(error.missing) if isinstance(error, NotHosted) else ()
@@ -171,12 +180,12 @@ def encode_error(seq: int, error: TransportError) -> ExchangeResponse:
         missing=[SegmentMessage(layer=layer, expert=expert) for layer, expert in missing],
         message=error.problem[:_MAX_TEXT],
     )
-    return ExchangeResponse(error=message)
+    return ExchangeResponse(error=message).SerializeToString()
 
 
-def encode_mismatch(difference: str) -> ExchangeResponse:
+def encode_mismatch(difference: str) -> bytes:
     """The refusal of a hello."""
-    return ExchangeResponse(error=Error(kind=Error.KIND_MISMATCH, message=difference))
+    return ExchangeResponse(error=Error(kind=Error.KIND_MISMATCH, message=difference)).SerializeToString()
 
 
 def decode_error(message: Error, peer: str) -> TransportError:
@@ -202,7 +211,7 @@ _ERROR_OF: Mapping[Error.Kind, type[TransportError]] = MappingProxyType(
 )
 
 
-def _decode_rows(message: ShipmentMessage | Result, terms: LinkTerms, peer: str) -> torch.Tensor:
+def _decode_rows(message: ShipmentMessage | Result, rows: memoryview, terms: LinkTerms, peer: str) -> torch.Tensor:
     num_rows, hidden_size = message.num_rows, message.hidden_size
     dtype = _DTYPE_OF.get(message.dtype)
     if dtype != terms.dtype:
@@ -211,14 +220,10 @@ def _decode_rows(message: ShipmentMessage | Result, terms: LinkTerms, peer: str)
         raise BadFrame(peer, f"rows of {hidden_size} numbers on a link of {terms.hidden_size}")
     if num_rows > MAX_ROWS:
         raise BadFrame(peer, f"{num_rows} rows where {MAX_ROWS} are allowed")
-    data = message.rows
-    if len(data) != terms.num_bytes(num_rows):
-        raise BadFrame(peer, f"{len(data)} bytes for {num_rows} rows of {hidden_size} × {dtype}")
-    if not data:
+    if len(rows) != terms.num_bytes(num_rows):
+        raise BadFrame(peer, f"{len(rows)} bytes for {num_rows} rows of {hidden_size} × {dtype}")
+    if not rows:
         return torch.empty(0, hidden_size, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(num_rows, hidden_size)
-
-
-def _to_bytes(rows_TH: torch.Tensor) -> bytes:
-    """The one copy that the message library asks for: numpy knows no bfloat16, so it sees plain bytes."""
-    return rows_TH.contiguous().view(torch.uint8).numpy().tobytes()
+    x_TH = torch.frombuffer(rows, dtype=dtype).view(num_rows, hidden_size)
+    # Only frames of other implementations come unaligned.
+    return x_TH.clone() if x_TH.data_ptr() % dtype.itemsize else x_TH

@@ -19,22 +19,30 @@ DTYPE_BFLOAT16: Dtype
 DTYPE_FLOAT16: Dtype
 
 class ExchangeRequest(_message.Message):
-    __slots__ = ("hello", "shipment")
+    __slots__ = ("hello", "shipment", "padding", "rows")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SHIPMENT_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     shipment: Shipment
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., shipment: _Optional[_Union[Shipment, _Mapping]] = ...) -> None: ...
+    padding: bytes
+    rows: bytes
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., shipment: _Optional[_Union[Shipment, _Mapping]] = ..., padding: _Optional[bytes] = ..., rows: _Optional[bytes] = ...) -> None: ...
 
 class ExchangeResponse(_message.Message):
-    __slots__ = ("hello", "result", "error")
+    __slots__ = ("hello", "result", "error", "padding", "rows")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     hello: HostHello
     result: Result
     error: Error
-    def __init__(self, hello: _Optional[_Union[HostHello, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    padding: bytes
+    rows: bytes
+    def __init__(self, hello: _Optional[_Union[HostHello, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., padding: _Optional[bytes] = ..., rows: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "checkpoint_digest", "dtype", "hidden_size", "router_name")
@@ -71,7 +79,7 @@ class Segment(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., num_rows: _Optional[int] = ...) -> None: ...
 
 class Shipment(_message.Message):
-    __slots__ = ("seq", "epoch", "deadline_ms", "dtype", "num_rows", "hidden_size", "segments", "rows")
+    __slots__ = ("seq", "epoch", "deadline_ms", "dtype", "num_rows", "hidden_size", "segments")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
@@ -79,7 +87,6 @@ class Shipment(_message.Message):
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
-    ROWS_FIELD_NUMBER: _ClassVar[int]
     seq: int
     epoch: int
     deadline_ms: int
@@ -87,22 +94,19 @@ class Shipment(_message.Message):
     num_rows: int
     hidden_size: int
     segments: _containers.RepeatedCompositeFieldContainer[Segment]
-    rows: bytes
-    def __init__(self, seq: _Optional[int] = ..., epoch: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., rows: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, seq: _Optional[int] = ..., epoch: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("seq", "dtype", "num_rows", "hidden_size", "rows")
+    __slots__ = ("seq", "dtype", "num_rows", "hidden_size")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
-    ROWS_FIELD_NUMBER: _ClassVar[int]
     seq: int
     dtype: Dtype
     num_rows: int
     hidden_size: int
-    rows: bytes
-    def __init__(self, seq: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., rows: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, seq: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("seq", "kind", "missing", "message")

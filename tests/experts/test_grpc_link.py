@@ -38,6 +38,7 @@ from experts.transport.grpc_link import Reconnect
 from experts.transport.grpc_server import ExpertHostServer, serve_expert_host
 from experts.wire.codec import LinkTerms, encode_hello, encode_host_hello, encode_result, encode_shipment
 from experts.wire.expert_pb2 import Error, ExchangeRequest, ExchangeResponse
+from experts.wire.expert_pb2_grpc import ExpertHostServiceStub
 
 FIRST = (1, 0)
 LOCALHOST = "127.0.0.1"
@@ -184,8 +185,10 @@ def stranger(serve: Serve) -> Iterator[Callable[[], Stranger]]:
 HELLO = encode_hello(make_terms(), "stranger")
 
 
-def frame_of(seq: int, **changes: Any) -> ExchangeRequest:
-    request = encode_shipment(seq, make_shipment({FIRST: 2}), 10.0)
+def frame_of(seq: int, rows: bytes | None = None, **changes: Any) -> ExchangeRequest:
+    request = ExchangeRequest.FromString(encode_shipment(seq, make_shipment({FIRST: 2}), 10.0))
+    if rows is not None:
+        request.rows = rows
     for name, value in changes.items():
         setattr(request.shipment, name, value)
     return request
@@ -234,7 +237,6 @@ def test_a_shipment_that_comes_too_late_is_not_computed(host: GatedHost, strange
     assert host.num_computed == 0
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_unreadable_frames_end_their_stream_only(stranger: Callable[[], Stranger]) -> None:
     frames = [b"\xff" * 40, pickle.dumps({"rows": [1, 2, 3]}), b"\x12\x05abc", bytes(1000)]
 
@@ -245,7 +247,7 @@ def test_unreadable_frames_end_their_stream_only(stranger: Callable[[], Stranger
         one.send(HELLO, frame)
         assert one.answer() is not None
         answer = one.answer()
-        assert answer is None or answer.error.kind in (Error.KIND_BAD_FRAME, Error.KIND_EXPIRED)
+        assert answer is not None and answer.error.kind in (Error.KIND_BAD_FRAME, Error.KIND_EXPIRED)
         one.close()
 
     send()
@@ -263,18 +265,16 @@ def test_unreadable_frames_end_their_stream_only(stranger: Callable[[], Stranger
 def scripted() -> Iterator[Callable[..., str]]:
     servers = []
 
-    def start(*answers: Callable[[int], ExchangeResponse]) -> str:
+    def start(*answers: Callable[[int], bytes]) -> str:
         """A host that answers its n-th shipment with what the n-th function makes of its number."""
 
-        def exchange(requests: Iterator[ExchangeRequest], _context: object) -> Iterator[ExchangeResponse]:
+        def exchange(requests: Iterator[ExchangeRequest], _context: object) -> Iterator[bytes]:
             next(requests)
             yield encode_host_hello("a", 1, 1 << 20)
             for request, answer in zip(requests, answers, strict=False):
                 yield answer(request.shipment.seq)
 
-        handler = grpc.stream_stream_rpc_method_handler(
-            exchange, ExchangeRequest.FromString, ExchangeResponse.SerializeToString
-        )
+        handler = grpc.stream_stream_rpc_method_handler(exchange, ExchangeRequest.FromString)
         server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
         service = grpc.method_handlers_generic_handler("herd.expert.v1.ExpertHostService", {"Exchange": handler})
         server.add_generic_rpc_handlers((service,))
@@ -294,7 +294,7 @@ def test_an_answer_of_the_wrong_shape_is_a_bad_frame(scripted: Callable[..., str
             lambda seq: encode_result(seq, torch.zeros(3, HIDDEN)),
             lambda seq: encode_result(seq, torch.zeros(2, HIDDEN + 1)),
             lambda seq: encode_result(seq, torch.zeros(2, HIDDEN, dtype=torch.float16)),
-            lambda seq: ExchangeResponse(error=Error(seq=seq, kind=Error.KIND_UNSPECIFIED)),
+            lambda seq: ExchangeResponse(error=Error(seq=seq, kind=Error.KIND_UNSPECIFIED)).SerializeToString(),
             lambda seq: encode_result(seq, torch.ones(2, HIDDEN)),
         )
     )
@@ -320,8 +320,9 @@ def test_an_answer_that_nobody_asked_for_is_dropped(scripted: Callable[..., str]
     assert isinstance(results[answered], torch.Tensor)
 
 
-def test_a_second_hello_of_a_host_ends_the_link(scripted: Callable[..., str], link: LinkTo) -> None:
-    transport = link(scripted(lambda seq: encode_host_hello("a", 1, 1 << 20)), reconnect=NEVER_AGAIN)
+@pytest.mark.parametrize("nonsense", [encode_host_hello("a", 1, 1 << 20), b"", b"\xff" * 9], ids=["hello", "", "ff"])
+def test_a_host_that_talks_nonsense_loses_its_link(scripted: Callable[..., str], link: LinkTo, nonsense: bytes) -> None:
+    transport = link(scripted(lambda seq: nonsense), reconnect=NEVER_AGAIN)
     wait_linked(transport)
     assert isinstance(ask(transport, "a", make_shipment({FIRST: 2}), soon()), HostLost)
     assert transport.linked() == frozenset()
@@ -418,6 +419,13 @@ def test_a_taken_port_is_an_error_and_a_range_is_searched(serve: Serve) -> None:
     assert server.address == f"{LOCALHOST}:{server.port}"
     with pytest.raises(InvalidInput):
         serve(ports=range(server.port, server.port + 1))
+
+
+def test_the_stock_stub_is_understood(serve: Serve) -> None:
+    with grpc.insecure_channel(serve().address) as channel:
+        requests = [ExchangeRequest.FromString(HELLO), frame_of(3)]
+        hello, answer = ExpertHostServiceStub(channel).Exchange(iter(requests))
+    assert (hello.hello.host_name, answer.result.seq, len(answer.rows)) == ("a", 3, 2 * HIDDEN * 4)
 
 
 def test_stopping_lets_the_current_answer_out(host: GatedHost, serve: Serve, link: LinkTo) -> None:
