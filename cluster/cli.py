@@ -1,0 +1,132 @@
+"""The command `herd`: parses, calls, and turns errors into one line and an exit code.
+
+Imports only the standard library until it knows what to do, so that `--help` is instant and what needs no Ray runs
+without it. The only place that reads the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+BAD_INPUT, FAILED = 2, 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 2 for what the user can mend in the command, 1 for anything else."""
+    from cluster.version import herd_version
+
+    parser = _parser(herd_version())
+    options = parser.parse_args(argv)
+    from experts.errors import CheckpointError, HerdError, InvalidInput
+
+    try:
+        return int(options.run(options))
+    except (InvalidInput, CheckpointError) as error:
+        print(f"herd: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except HerdError as error:
+        print(f"herd: {error}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:
+        # Somebody like `head` has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILED
+
+
+def _parser(version: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="herd", description="Serves the Llama 4 family, its experts in processes of their own."
+    )
+    parser.add_argument("--version", action="version", version=f"herd {version}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(commands.add_parser("serve", help="serve a model folder over HTTP"))
+    _add_status(commands.add_parser("status", help="show the processes of a running cluster"))
+    _add_make_tiny(commands.add_parser("make-tiny", help="write a tiny checkpoint with random weights"))
+    return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_serve)
+    parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder with config.json and safetensors files")
+    add = parser.add_argument_group("cluster").add_argument
+    add("--hosts", metavar="N", help="expert hosts (1)")
+    add("--replicas", metavar="R", help="hosts that hold each expert (1)")
+    add("--routers", metavar="M", help="routers (1)")
+    add("--transport", help="grpc: experts on hosts; local: experts inside each router (grpc)")
+    add("--device", help="cpu or cuda, for routers and hosts (cpu)")
+    add("--ray-address", metavar="ADDRESS", help="join this Ray cluster instead of starting one")
+    add("--name", help="name of the cluster, of its Ray actors and its Serve application (herd)")
+    add = parser.add_argument_group("HTTP").add_argument
+    add("--host", metavar="ADDRESS", help="address to listen on (127.0.0.1)")
+    add("--port", metavar="PORT", help="port to listen on (8000)")
+    add("--served-model-name", metavar="NAME", help="what clients call the model (the folder's name)")
+    add("--request-timeout-s", metavar="S", help="seconds that a request may take (600)")
+    add = parser.add_argument_group("model and memory").add_argument
+    add("--dtype", help="auto, float32, bfloat16 or float16 (auto: the checkpoint's)")
+    add("--max-model-len", metavar="T", help="tokens of prompt and answer together (what the KV memory holds)")
+    add("--kv-memory", metavar="SIZE", help="KV cache of a router, such as 512MiB (2GiB)")
+    add("--max-batch-tokens", metavar="T", help="tokens that one step computes at most (1024)")
+    add("--max-running", metavar="N", help="requests that run at a time on one router (64)")
+    add("--max-waiting", metavar="N", help="requests that wait on one router before others are refused (256)")
+    add = parser.add_argument_group("ports and addresses inside the cluster").add_argument
+    add("--host-ports", metavar="A-B", help="ports that expert hosts listen on (any)")
+    add("--host-bind", metavar="ADDRESS", help="address that expert hosts listen on (the node's)")
+    add("--host-advertise", metavar="ADDRESS[:A-B]", help="where routers reach expert hosts (where they listen)")
+    add("--router-ports", metavar="A-B", help="ports that routers listen on for ingresses (any)")
+    add("--control-port", metavar="PORT", help="port that the controller listens on (any)")
+    add("--metrics-ports", metavar="A-B", help="ports of the processes' /metrics pages (any)")
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_status)
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--control", metavar="ADDRESS", help="the controller's ip:port (default: the newest that runs)")
+
+
+def _add_make_tiny(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_make_tiny)
+    parser.add_argument("kind", choices=("scout", "maverick"))
+    parser.add_argument("folder", metavar="DIR", type=Path)
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (0)")
+    parser.add_argument("--shards", type=int, default=2, help="number of weight files (2)")
+    parser.add_argument("--steerable", action="store_true", help="let groups of tokens choose experts")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from cluster.config import parse_settings
+    from cluster.preflight import check_model, check_port_is_free
+    from cluster.run_file import state_dirs
+    from experts.errors import HerdError
+
+    given = {name: value for name, value in vars(options).items() if name != "run"}
+    settings = parse_settings(given)
+    check_model(settings)
+    if settings.ray_address is None:
+        check_port_is_free(settings)
+    try:
+        from cluster.on_ray.launch import launch
+    except ModuleNotFoundError as error:
+        raise HerdError(f"serving needs the package {error.name}, which is not installed") from None
+    return launch(settings, state_dirs(os.environ)[0])
+
+
+def _status(options: argparse.Namespace) -> int:
+    from cluster.run_file import state_dirs
+    from cluster.show import as_json, as_text, find_status
+
+    status = find_status(options.control, state_dirs(os.environ))
+    print(json.dumps(as_json(status), indent=2) if options.json else as_text(status))
+    return 0
+
+
+def _make_tiny(options: argparse.Namespace) -> int:
+    from cluster.tiny import make_tiny
+
+    make_tiny(options.kind, options.folder, seed=options.seed, shards=options.shards, steerable=options.steerable)
+    print(f"herd: {options.folder} holds a tiny {options.kind} with random weights")
+    return 0

@@ -1,0 +1,287 @@
+"""`herd serve`: Ray, controller, application, progress, the URL; and at the end everything in reverse.
+
+Owns the process's signals and its output. What it learns of the cluster it learns from the controller's status.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TextIO
+
+import ray
+from ray import serve
+
+from cluster.config import ServeSettings
+from cluster.controller_process import http_url
+from cluster.on_ray.app import build_app
+from cluster.on_ray.controller_actor import ensure_controller
+from cluster.on_ray.find import ControllerFinder
+from cluster.on_ray.own_ray import JoinedRay, OwnRay
+from cluster.progress import Progress
+from cluster.run_file import prepare_state_dir, run_file_path
+from experts.errors import ControllerUnreachable, HerdError
+from experts.grpc_control import ask_drain, ask_shutdown, fetch_status
+from experts.reports import ClusterStatus
+
+POLL_S = 0.2
+STUCK_S = 20.0
+"""A problem that lasts so long while nothing moves ends a start."""
+DRAIN_S = 30.0
+REPORTS_ARE_FRESH_S = 1.5
+LAST_WORDS_S = 10.0
+LOOPBACK = "127.0.0.1"
+
+
+log = logging.getLogger(__name__)
+
+
+class StartFailed(HerdError):
+    """The cluster did not come up."""
+
+
+class Stopped(Exception):
+    """Somebody asked for the end while something else was going on."""
+
+
+def launch(settings: ServeSettings, state_dir: Path) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code. Raises HerdError when the cluster does not come up.
+
+    The settings are checked already. What Ray says goes to a file that is removed at a good end.
+    """
+    own = settings.ray_address is None
+    settings = dataclasses.replace(
+        settings, state_dir=str(prepare_state_dir(state_dir)), node_address=LOOPBACK if own else settings.node_address
+    )
+    log_path = state_dir / f"{settings.name}-{settings.port}.log"
+    with output_to(log_path) as (out, errors):
+        launcher = Launcher(settings, OwnRay() if own else JoinedRay(settings), out)
+        with Signals(launcher.abandon) as signals:
+            try:
+                launcher.run(signals)
+            except HerdError:
+                print(f"what Ray said is in {log_path}", file=errors)
+                raise
+    log_path.unlink(missing_ok=True)
+    return 0
+
+
+class Launcher:
+    """One life of `herd serve`."""
+
+    def __init__(self, settings: ServeSettings, cluster_ray: OwnRay | JoinedRay, out: TextIO) -> None:
+        self._settings = settings
+        self._ray = cluster_ray
+        self._out = out
+        self._find = ControllerFinder(settings)
+        self._own_serve = True
+        self._deployed = threading.Event()
+        self._deploy_error: BaseException | None = None
+
+    def run(self, signals: Signals) -> None:
+        """Start, serve until asked to stop, end. Raises HerdError when the start fails."""
+        try:
+            self._say(f"starting Ray{'' if self._settings.ray_address is None else ' (joining)'}")
+            self._ray.start()
+            signals.install()
+            self._start(signals)
+            self._say(f"ready at {http_url(self._settings)} (model {self._settings.model_name}); Ctrl-C ends it")
+            signals.wait()
+            self._say("draining: no new requests, those running may finish")
+            self._drain()
+        except (Stopped, KeyboardInterrupt, SystemExit):
+            self._say("stopped before it was ready")
+        finally:
+            # From here on a signal means "at once", whoever sent the first.
+            signals.asked.set()
+            self._end()
+        self._say("ended")
+
+    def abandon(self) -> None:
+        """End at once. The parts of a Ray of our own end with this process."""
+        self._remove_files()
+        self._ray.remove_files()
+        os._exit(130)
+
+    def _start(self, signals: Signals) -> None:
+        ensure_controller(self._settings)
+        signals.check()
+        threading.Thread(target=self._deploy, name="deploy", daemon=True).start()
+        progress = Progress(self._out)
+        moved_at, last = time.monotonic(), (-1, "")
+        while not self._is_ready(status := self._status()):
+            if self._deploy_error is not None:
+                raise StartFailed(_reason(self._deploy_error)) from self._deploy_error
+            phase = "waiting for routers" if status.replicas_held == status.replicas_wanted else "loading experts"
+            progress.show(phase, status.replicas_held, status.replicas_wanted)
+            if (status.replicas_held, phase) != last:
+                moved_at, last = time.monotonic(), (status.replicas_held, phase)
+            if status.problems and time.monotonic() - moved_at > STUCK_S:
+                raise StartFailed(status.problems[0])
+            signals.check(POLL_S)
+        progress.end()
+
+    def _deploy(self) -> None:
+        settings = self._settings
+        try:
+            self._own_serve = not _serve_is_running()
+            serve.start(
+                proxy_location="HeadOnly" if settings.ray_address is None else "EveryNode",
+                http_options={"host": settings.host, "port": settings.port},
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+            )
+            serve.run(build_app(settings), name=settings.name, route_prefix="/")
+            self._deployed.set()
+        except Exception as error:
+            # Carried to the main thread, which ends everything.
+            self._deploy_error = error
+
+    def _is_ready(self, status: ClusterStatus) -> bool:
+        routers = sum(router.state == "ready" for router in status.routers)
+        loaded = status.replicas_held == status.replicas_wanted
+        return self._deployed.is_set() and loaded and routers >= self._settings.routers and bool(status.ingresses)
+
+    def _status(self) -> ClusterStatus:
+        """The controller's status; an empty one that is never ready while it is away."""
+        try:
+            return fetch_status(self._find())
+        except ControllerUnreachable:
+            return ClusterStatus(replicas_wanted=1)
+
+    def _drain(self) -> None:
+        """Wait until no router has requests any more, at most `DRAIN_S`."""
+        end = time.monotonic() + DRAIN_S
+        with contextlib.suppress(ControllerUnreachable):
+            ask_drain(self._find())
+            time.sleep(REPORTS_ARE_FRESH_S)
+            while time.monotonic() < end:
+                routers = fetch_status(self._find()).routers
+                if not any(router.running or router.waiting for router in routers):
+                    return
+                time.sleep(POLL_S)
+
+    def _end(self) -> None:
+        """Take down what is up, whatever that is."""
+        if ray.is_initialized():
+            _attempt("deleting the application", lambda: serve.delete(self._settings.name))
+            _attempt("ending the controller", self._end_controller)
+            if self._own_serve:
+                _attempt("ending Serve", serve.shutdown)
+        self._ray.stop()
+        self._remove_files()
+
+    def _end_controller(self) -> None:
+        end = time.monotonic() + LAST_WORDS_S
+        with contextlib.suppress(ControllerUnreachable):
+            address = self._find()
+            ask_shutdown(address)
+            while time.monotonic() < end:
+                fetch_status(address, timeout_s=1.0)
+                time.sleep(0.1)
+
+    def _remove_files(self) -> None:
+        """The controller does it too, if it lives on this machine and to the end."""
+        folder = Path(self._settings.state_dir)
+        run_file_path(folder, self._settings.name, self._settings.port).unlink(missing_ok=True)
+
+    def _say(self, text: str) -> None:
+        print(f"herd: {text}", file=self._out, flush=True)
+
+
+class Signals:
+    """SIGINT and SIGTERM: the first asks for an orderly end, the second for an immediate one."""
+
+    def __init__(self, abandon: Callable[[], None]) -> None:
+        self.asked = threading.Event()
+        self._abandon = abandon
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take the signals (again: Ray takes SIGTERM when it starts)."""
+        for number in self._before:
+            signal.signal(number, self._handle)
+
+    def check(self, wait_s: float = 0.0) -> None:
+        """Raises Stopped when the end was asked for, now or within `wait_s`."""
+        if self.asked.wait(wait_s):
+            raise Stopped
+
+    def wait(self) -> None:
+        """Until the end is asked for. Wakes up now and then, because a lock held in C takes no signals."""
+        while not self.asked.wait(1.0):
+            pass
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked.is_set():
+            self._abandon()
+        self.asked.set()
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[tuple[TextIO, TextIO]]:
+    """Send all that Ray, its C++ parts and its children write to `path`; yields the real output and error streams.
+
+    Anything else would scatter lines about restarted workers over the terminal of somebody who never heard of them.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    real = [os.dup(number) for number in (1, 2)]
+    log_file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+    for number in (1, 2):
+        os.dup2(log_file, number)
+    os.close(log_file)
+    try:
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(open(os.dup(copy), "w", encoding="utf-8", buffering=1)) for copy in real]
+            yield streams[0], streams[1]
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in zip((1, 2), real, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def _attempt(what: str, action: Callable[[], object]) -> None:
+    """One step of the end: when it fails, the next ones are still due."""
+    try:
+        action()
+    except Exception:
+        log.exception("%s failed", what)
+
+
+def _serve_is_running() -> bool:
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    """Why a deployment failed: our own error out of the trace that Serve gives, else its last line."""
+    text = str(error)
+    ours = re.findall(r"experts\.errors\.\w+: (.+)", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return str(ours[-1] if ours else lines[-1] if lines else type(error).__name__)

@@ -1,0 +1,80 @@
+"""The Ray that `herd serve` runs on: one of its own, made and removed with it, or one that is there already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import ray
+
+import cluster
+from cluster.config import ServeSettings
+from cluster.on_ray.find import NAMESPACE
+from cluster.topology import OBJECT_STORE_BYTES
+from experts.errors import HerdError, InvalidInput
+
+
+class RayFailed(HerdError):
+    """Ray could not be started or joined."""
+
+
+class OwnRay:
+    """A Ray of one machine that lives as long as this process: its parts end with it, however it ends."""
+
+    def __init__(self) -> None:
+        # Short, because the paths of Unix sockets below it may have 107 characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="herd-ray-", dir="/tmp"))
+
+    def start(self) -> None:
+        """Raises RayFailed."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Workers import the packages from where this process has them, installed or not.
+        roots = [str(Path(cluster.__path__[0]).parent), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(root for root in roots if root)
+        try:
+            ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(self.folder),
+            )
+        except (RuntimeError, ConnectionError, OSError, ValueError) as error:
+            raise RayFailed(f"Ray did not start: {_first_line(error)}") from error
+
+    def stop(self) -> None:
+        """End Ray and remove its files."""
+        ray.shutdown()
+        self.remove_files()
+
+    def remove_files(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class JoinedRay:
+    """A Ray cluster of somebody else, which stays when we go."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self._address = settings.ray_address
+
+    def start(self) -> None:
+        """Raises InvalidInput when nothing answers there."""
+        try:
+            ray.init(address=self._address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        except (RuntimeError, ConnectionError, OSError, ValueError) as error:
+            raise InvalidInput("ray-address", self._address, f"must be a Ray cluster: {_first_line(error)}") from error
+
+    def stop(self) -> None:
+        ray.shutdown()
+
+    def remove_files(self) -> None:
+        """There are none of ours."""
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,74 @@
+"""The status of a cluster for people and for programs, wherever its controller is found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster.run_file import read_run_files
+from experts.errors import ControllerUnreachable
+from experts.grpc_control import fetch_status
+from experts.reports import ClusterStatus
+
+TIMEOUT_S = 3.0
+
+
+def find_status(control: str | None, folders: tuple[Path, ...]) -> ClusterStatus:
+    """Ask the controller at `control`, or the one of the newest run file in `folders` that answers.
+
+    Raises ControllerUnreachable.
+    """
+    if control:
+        return fetch_status(control, TIMEOUT_S)
+    for file in read_run_files(folders):
+        try:
+            return fetch_status(file.control, TIMEOUT_S)
+        except ControllerUnreachable:
+            continue
+    raise ControllerUnreachable("", "no cluster of this user runs on this machine; --control names one elsewhere")
+
+
+def as_json(status: ClusterStatus) -> dict[str, Any]:
+    """Plain values under stable names."""
+    return {
+        "name": status.name,
+        "controller": asdict(status.controller),
+        "ingress": [asdict(ingress) for ingress in status.ingresses],
+        "routers": [asdict(router) for router in status.routers],
+        "hosts": [asdict(host) for host in status.hosts],
+        "replicas_held": status.replicas_held,
+        "replicas_wanted": status.replicas_wanted,
+        "draining": status.draining,
+        "problems": list(status.problems),
+    }
+
+
+def as_text(status: ClusterStatus) -> str:
+    """One screen."""
+    controller = status.controller
+    lines = [
+        f"cluster {status.name}: placement epoch {controller.epoch}, "
+        f"{status.replicas_held} of {status.replicas_wanted} expert replicas held"
+        + (", draining" if status.draining else ""),
+        "",
+    ]
+    rows = [("process", "node", "pid", "address", "state", "about")]
+    rows.append(("controller", controller.node, str(controller.pid), controller.address, "ready", ""))
+    for ingress in status.ingresses:
+        rows.append((ingress.name, ingress.node, str(ingress.pid), ingress.http, "ready", ""))
+    for router in status.routers:
+        load = f"{router.running} running, {router.waiting} waiting"
+        rows.append((router.name, router.node, str(router.pid), router.address, router.state, load))
+    for host in status.hosts:
+        held = f"{host.slots} of {host.slots_target} experts, {host.rows_total} rows"
+        rows.append((host.name, host.node, str(host.pid), host.address or host.transport, host.state, held))
+    lines += _table(rows)
+    lines += ["", *(f"problem: {problem}" for problem in status.problems)] if status.problems else []
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
