@@ -256,6 +256,25 @@ def read_by_us(data: bytes) -> tuple[ExchangeRequest, bytes] | None:
     return message, bytes(rows)
 
 
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"\x7a\x03abc",
+        b"\x7a\x02abc",
+        b"\x7a\x83\x80\x80\x80\x80\x00abc",
+        # A number where a length would stand, whose "end" is a false border.
+        b"\x08\x02\x7a\x03\x7a\x01A",
+        # A tag of two bytes.
+        b"\xaa\x01\x7a\x02\x7a\x01",
+        b"\x7a\x01a\x7a\x01b",
+        b"\x12\x00\x72\x01\x00\x72\x00\x7a\x01b",
+    ],
+)
+def test_odd_layouts_are_read_as_the_message_library_reads_them(frame: bytes) -> None:
+    assert read_by_us(frame) == read_by_stock(frame)
+
+
 @SETTINGS
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused_and_nothing_else(data: bytes) -> None:

@@ -438,6 +438,8 @@ def test_stopping_lets_the_current_answer_out(host: GatedHost, serve: Serve, lin
     wait_until(lambda: server.is_busy, "the computation")
     stopping = threading.Thread(target=server.stop, args=(PATIENCE_S,))
     stopping.start()
+    stopping.join(0.1)
+    assert stopping.is_alive()
     host.gate.set()
     assert_answers(shipment, collect(transport, [ticket])[ticket])
     stopping.join(PATIENCE_S)
