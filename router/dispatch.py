@@ -86,10 +86,14 @@ class RemoteExperts:
         self.stats.wait_s += self._clock() - began
 
     def _collect(self, until: float) -> None:
-        for ticket, result in self.transport.poll(until):
-            pending, shipment = self._under_way.pop(ticket)
+        arrived = self.transport.poll(until)
+        # Suspicions first: deciding about one failure must not overlook another of the same moment.
+        for _, result in arrived:
             if isinstance(result, TransportError):
                 self._note(result)
+        for ticket, result in arrived:
+            pending, shipment = self._under_way.pop(ticket)
+            if isinstance(result, TransportError):
                 self._perform(pending, Failed(shipment=shipment))
             else:
                 pending.accept(shipment, result)
