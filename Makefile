@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python -m cluster demo
+	$(BIN)/herd demo
 
 test: check
 	$(BIN)/pytest -q
@@ -30,8 +30,12 @@ check: $(READY)
 proto: $(READY)
 	$(BIN)/python deploy/proto.py
 
+# MODEL is a checkpoint folder; without one, a tiny Scout shows that the bench runs.
 bench: $(READY)
-	$(BIN)/python -m cluster bench baseline
+	test -n "$(MODEL)" || test -d build/tiny-scout || $(BIN)/herd make-tiny scout build/tiny-scout
+	$(BIN)/herd bench dispatch
+	$(BIN)/herd bench engine $(or $(MODEL),build/tiny-scout) --transport local
+	$(BIN)/herd bench engine $(or $(MODEL),build/tiny-scout) --transport grpc --hosts 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -47,6 +47,8 @@ def _parser(version: str) -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="serve a model folder over HTTP"))
     _add_status(commands.add_parser("status", help="show the processes of a running cluster"))
     _add_make_tiny(commands.add_parser("make-tiny", help="write a tiny checkpoint with random weights"))
+    _add_demo(commands.add_parser("demo", help="serve a tiny checkpoint, ask it, kill a host, ask again"))
+    _add_bench(commands.add_parser("bench", help="measure the engine and the links, without Ray and HTTP"))
     return parser
 
 
@@ -97,6 +99,31 @@ def _add_make_tiny(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steerable", action="store_true", help="let groups of tokens choose experts")
 
 
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_demo)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(title="what", metavar="WHAT", required=True)
+    engine = kinds.add_parser("engine", help="prefill and decode speed of one router")
+    engine.set_defaults(run=_bench_engine)
+    add = engine.add_argument
+    add("model_dir", metavar="MODEL_DIR", help="folder with config.json and safetensors files")
+    add("--batch", metavar="N,…", default="1,8,32", help="requests at a time (1,8,32)")
+    add("--prompt", metavar="T,…", default="128", help="tokens of each prompt (128)")
+    add("--output", metavar="T", default=64, type=int, help="tokens of each answer (64)")
+    add("--transport", help="local: experts in this process; grpc: on host processes (grpc)")
+    add("--hosts", metavar="N", help="expert hosts (1)")
+    add("--dtype", help="auto, float32, bfloat16 or float16 (auto: the checkpoint's)")
+    add("--kv-memory", metavar="SIZE", help="KV cache, such as 512MiB (2GiB)")
+    add("--max-batch-tokens", metavar="T", help="tokens that one step computes at most (1024)")
+    add("--json", metavar="FILE", help="write the results there as JSON, too; -: only that, to standard output")
+    dispatch = kinds.add_parser("dispatch", help="round trip of a block of rows, beside a bare gRPC echo")
+    dispatch.set_defaults(run=_bench_dispatch)
+    dispatch.add_argument("--hidden", metavar="H", default=1024, type=int, help="width of a row (1024)")
+    dispatch.add_argument("--json", metavar="FILE", help="as above")
+
+
 def _serve(options: argparse.Namespace) -> int:
     from cluster.config import parse_settings
     from cluster.preflight import check_model, check_port_is_free
@@ -129,4 +156,28 @@ def _make_tiny(options: argparse.Namespace) -> int:
 
     make_tiny(options.kind, options.folder, seed=options.seed, shards=options.shards, steerable=options.steerable)
     print(f"herd: {options.folder} holds a tiny {options.kind} with random weights")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from cluster.demo import run_demo
+
+    return run_demo()
+
+
+def _bench_engine(options: argparse.Namespace) -> int:
+    from cluster.bench import bench_engine, print_results
+    from cluster.config import parse_counts, parse_settings
+
+    ours = ("run", "batch", "prompt", "output", "json")
+    settings = parse_settings({name: value for name, value in vars(options).items() if name not in ours})
+    batches, prompts = parse_counts("batch", options.batch), parse_counts("prompt", options.prompt)
+    print_results(bench_engine(settings, batches, prompts, options.output), options.json)
+    return 0
+
+
+def _bench_dispatch(options: argparse.Namespace) -> int:
+    from cluster.bench import bench_dispatch, print_results
+
+    print_results(bench_dispatch(options.hidden), options.json)
     return 0

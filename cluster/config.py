@@ -131,6 +131,14 @@ def parse_settings(raw: Mapping[str, Any]) -> ServeSettings:
     return ServeSettings(**values)
 
 
+def parse_counts(field: str, text: str) -> list[int]:
+    """Positive numbers out of "1,8,32"."""
+    counts = text.split(",")
+    if not all(count.strip().isdecimal() and int(count) > 0 for count in counts):
+        raise InvalidInput(field, text, "must be positive numbers with commas between them")
+    return [int(count) for count in counts]
+
+
 def parse_size(field: str, value: object) -> int:
     """Bytes, from a number or a text such as "2GiB", "500 MB" or "1.5G" (1024-based with or without the "i")."""
     if isinstance(value, int) and not isinstance(value, bool):
