@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -27,6 +28,7 @@ from cluster.tiny import make_tiny
 
 QUESTIONS = ("Tell me about a herd of llamas.", "And what happens when one of them runs away?")
 MAX_TOKENS = 48
+READY_LINE = "herd: ready"
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 
@@ -140,9 +142,12 @@ def serving(model_dir: Path, port: int) -> Iterator[Server]:
         sys.executable, "-m", "cluster", "serve", str(model_dir),
         "--hosts", "2", "--transport", "grpc", "--port", str(port), "--kv-memory", "256MiB",
     ]  # fmt: skip
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    ready = threading.Event()
+    echo = threading.Thread(target=echo_lines, args=(process, ready))
+    echo.start()
     try:
-        await_ready(process, port)
+        await_ready(process, ready)
         yield Server(model_dir.name, port)
     finally:
         process.send_signal(signal.SIGINT)
@@ -151,20 +156,28 @@ def serving(model_dir: Path, port: int) -> Iterator[Server]:
         except subprocess.TimeoutExpired:
             process.kill()
             raise SystemExit(f"herd serve did not end within {STOP_TIMEOUT_S:.0f} s") from None
+        echo.join()
         if code != 0:
             raise SystemExit(f"herd serve ended with code {code}")
 
 
-def await_ready(process: subprocess.Popen[bytes], port: int) -> None:
-    """Wait until /ready answers 200. Ends the demo when the server ends first or takes too long."""
+def echo_lines(process: subprocess.Popen[str], ready: threading.Event) -> None:
+    """Show what the server prints, and notice when it says that it is ready."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(f"   {line}", end="", flush=True)
+        if line.startswith(READY_LINE):
+            ready.set()
+
+
+def await_ready(process: subprocess.Popen[str], ready: threading.Event) -> None:
+    """Wait until the server says so. Ends the demo when the server ends first or takes too long."""
     give_up = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < give_up:
+    while not ready.wait(timeout=0.2):
         if process.poll() is not None:
             raise SystemExit(f"herd serve ended with code {process.returncode} before it was ready")
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
-            return
-        time.sleep(0.2)
-    raise SystemExit(f"herd serve was not ready within {START_TIMEOUT_S:.0f} s")
+        if time.monotonic() > give_up:
+            raise SystemExit(f"herd serve was not ready within {START_TIMEOUT_S:.0f} s")
 
 
 def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
