@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -57,78 +58,81 @@ def rows_everywhere(cluster: Cluster) -> list[dict[str, int]] | None:
     return hosts if hosts and all(host["rows_total"] for host in hosts) else None
 
 
-class TestOneCluster:
-    """What one running cluster must do; two hosts, two routers."""
+@pytest.fixture(scope="module")
+def cluster(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One running cluster for the tests below: two hosts, two routers."""
+    flags = ["--hosts", "2", "--routers", "2", "--kv-memory", "128MiB", "--max-batch-tokens", "64"]
+    with serving(folders["scout"], tmp_path_factory.mktemp("state"), *flags) as cluster:
+        yield cluster
 
-    @pytest.fixture(scope="class")
-    def cluster(self, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-        flags = ["--hosts", "2", "--routers", "2", "--kv-memory", "128MiB", "--max-batch-tokens", "64"]
-        with serving(folders["scout"], tmp_path_factory.mktemp("state"), *flags) as cluster:
-            yield cluster
 
-    @pytest.fixture(scope="class")
-    def judge(self, folders: dict[str, Path]) -> Judge:
-        return Judge(folders["scout"])
+@pytest.fixture(scope="module")
+def judge(folders: dict[str, Path]) -> Judge:
+    return Judge(folders["scout"])
 
-    def test_stock_openai_client(self, cluster: Cluster) -> None:
-        with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", timeout=120) as client:
-            assert [model.id for model in client.models.list()] == [cluster.model]
-            messages = [{"role": "user", "content": "Hello"}]
-            whole = client.chat.completions.create(
-                model=cluster.model, messages=messages, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
-            )
-            assert whole.usage.completion_tokens == 12
-            stream = client.chat.completions.create(
-                model=cluster.model, messages=messages, max_tokens=12, temperature=0, stream=True,
-                extra_body={"ignore_eos": True},
-            )  # fmt: skip
-            streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
-            assert streamed == whole.choices[0].message.content
 
-    def test_bad_input_is_named_and_harms_nobody(self, cluster: Cluster) -> None:
-        for body, status, field in [
-            ({"model": "other", "prompt": "x"}, 404, "model"),
-            ({"model": cluster.model, "prompt": "x", "max_tokens": -1}, 400, "max_tokens"),
-            ({"model": cluster.model, "prompt": [5] * 100_000}, 400, "prompt"),
-            ({"model": cluster.model, "prompt": [10**9]}, 400, "prompt"),
-        ]:
-            answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60)
-            error = answer.json()["error"]
-            assert (answer.status_code, field) == (status, (error["param"] or "").split(".")[0]), answer.text
-        broken = httpx.post(f"{cluster.url}/v1/completions", content=b"{", timeout=60)
-        assert broken.status_code == 400
-        assert cluster.complete([1, 2, 3], 4)
+def test_stock_openai_client(cluster: Cluster) -> None:
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", timeout=120) as client:
+        assert [model.id for model in client.models.list()] == [cluster.model]
+        messages = [{"role": "user", "content": "Hello"}]
+        whole = client.chat.completions.create(
+            model=cluster.model, messages=messages, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
+        )
+        assert whole.usage.completion_tokens == 12
+        stream = client.chat.completions.create(
+            model=cluster.model, messages=messages, max_tokens=12, temperature=0, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+        assert streamed == whole.choices[0].message.content
 
-    def test_32_streams_of_mixed_lengths_each_equal_their_solo_run(self, cluster: Cluster, judge: Judge) -> None:
-        lengths = [1 + 7 * number % 140 for number in range(32)]
-        outputs = [1 + 5 * number % 40 for number in range(32)]
-        questions = prompts(lengths, seed=32)
-        for prompt, output, answer in zip(questions, outputs, cluster.complete_all(questions, outputs), strict=True):
-            judge.check(prompt, output, answer)
-        assert judge.accepted <= 1
 
-    @pytest.mark.parametrize("what", ["hosts", "routers", "controller"])
-    def test_kill_9_ends_no_stream(self, cluster: Cluster, judge: Judge, what: str) -> None:
-        """Streams under way go on, token for token; the killed process is replaced; new questions are answered."""
-        status = cluster.status()
-        found = status[what]
-        victim = found[0]["pid"] if isinstance(found, list) else found["pid"]
-        questions, output = prompts([3, 20, 70, 110], seed=9), 150
-        killer = threading.Timer(0.4, os.kill, (victim, signal.SIGKILL))
-        killer.start()
-        answers = cluster.complete_all(questions, [output] * 4)
-        killer.join()
-        for prompt, answer in zip(questions, answers, strict=True):
-            judge.check(prompt, output, answer)
-        until(f"all {what} are back", lambda: self.healthy(cluster, victim))
-        judge.check(questions[0], 8, cluster.complete(questions[0], 8))
+def test_bad_input_is_named_and_harms_nobody(cluster: Cluster) -> None:
+    for body, status, field in [
+        ({"model": "other", "prompt": "x"}, 404, "model"),
+        ({"model": cluster.model, "prompt": "x", "max_tokens": -1}, 400, "max_tokens"),
+        ({"model": cluster.model, "prompt": [5] * 100_000}, 400, "prompt"),
+        ({"model": cluster.model, "prompt": [10**9]}, 400, "prompt"),
+    ]:
+        answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60)
+        error = answer.json()["error"]
+        assert (answer.status_code, field) == (status, re.split(r"[.\[]", error["param"] or "")[0]), answer.text
+    broken = httpx.post(f"{cluster.url}/v1/completions", content=b"{", timeout=60)
+    assert broken.status_code == 400
+    assert cluster.complete([1, 2, 3], 4)
 
-    @staticmethod
-    def healthy(cluster: Cluster, victim: int) -> bool:
-        status = cluster.status()
-        pids = [process["pid"] for kind in ("hosts", "routers") for process in status.get(kind, [])]
-        ready = all(host["state"] == "ready" for host in status.get("hosts", []))
-        return len(pids) == 4 and victim not in pids and ready and status["controller"]["pid"] != victim
+
+def test_32_streams_of_mixed_lengths_each_equal_their_solo_run(cluster: Cluster, judge: Judge) -> None:
+    lengths = [1 + 7 * number % 140 for number in range(32)]
+    outputs = [1 + 5 * number % 40 for number in range(32)]
+    questions = prompts(lengths, seed=32)
+    for prompt, output, answer in zip(questions, outputs, cluster.complete_all(questions, outputs), strict=True):
+        judge.check(prompt, output, answer)
+    assert judge.accepted <= 1
+
+
+@pytest.mark.parametrize("what", ["hosts", "routers", "controller"])
+def test_kill_9_ends_no_stream(cluster: Cluster, judge: Judge, what: str) -> None:
+    """Streams under way go on, token for token; the killed process is replaced; new questions are answered."""
+    status = cluster.status()
+    found = status[what]
+    victim = found[0]["pid"] if isinstance(found, list) else found["pid"]
+    questions, output = prompts([3, 20, 70, 110], seed=9), 150
+    killer = threading.Timer(0.4, os.kill, (victim, signal.SIGKILL))
+    killer.start()
+    answers = cluster.complete_all(questions, [output] * 4)
+    killer.join()
+    for prompt, answer in zip(questions, answers, strict=True):
+        judge.check(prompt, output, answer)
+    until(f"all {what} are back", lambda: healthy(cluster, victim))
+    judge.check(questions[0], 8, cluster.complete(questions[0], 8))
+
+
+def healthy(cluster: Cluster, victim: int) -> bool:
+    status = cluster.status()
+    pids = [process["pid"] for kind in ("hosts", "routers") for process in status.get(kind, [])]
+    ready = all(host["state"] == "ready" for host in status.get("hosts", []))
+    return len(pids) == 4 and victim not in pids and ready and status["controller"]["pid"] != victim
 
 
 def test_nothing_is_left_behind(folders: dict[str, Path], tmp_path: Path) -> None:
