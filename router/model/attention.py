@@ -48,12 +48,12 @@ class KVStore:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        # Not zeroed: a slot is only read once it was written, and pages of a CPU's memory are taken when first touched.
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         for chunked in config.chunked_layers:
             shape = (num_local_slots if chunked else num_global_slots, config.num_kv_heads, config.head_dim)
-            self._layers.append(
-                (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            )
+            keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+            self._layers.append((keys, values))
 
     def write(self, layer: int, slots_T: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor) -> None:
         """Store keys and values of T tokens in their slots."""
