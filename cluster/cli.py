@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-BAD_INPUT, FAILED = 2, 1
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HerdError as error:
         print(f"herd: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except BrokenPipeError:
         # Somebody like `head` has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -126,7 +128,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     from cluster.config import parse_settings
-    from cluster.preflight import check_model, check_port_is_free
+    from cluster.preflight import check_model, check_port_is_free, check_ray_answers
     from cluster.run_file import state_dirs
     from experts.errors import HerdError
 
@@ -135,6 +137,8 @@ def _serve(options: argparse.Namespace) -> int:
     check_model(settings)
     if settings.ray_address is None:
         check_port_is_free(settings)
+    else:
+        check_ray_answers(settings)
     try:
         from cluster.on_ray.launch import launch
     except ModuleNotFoundError as error:

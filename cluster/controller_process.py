@@ -30,7 +30,7 @@ class ControllerProcess:
         self._settings = settings
         self._bind = bind
         self._run_file = run_file_path(folder, settings.name, settings.port)
-        self._journal = JournalFile(folder / f"{settings.name}-{life_name}.journal")
+        self._journal = JournalFile(journal_path(folder, settings, life_name))
         self.server = ControlServer(
             name=settings.name,
             journal=self._journal,
@@ -74,6 +74,11 @@ def plan_target(settings: ServeSettings) -> Replicas:
         return {}
     config = load_config(settings.model_dir)
     return pack(layers=config.moe_layers, num_experts=config.num_experts, hosts=hosts, num_replicas=settings.replicas)
+
+
+def journal_path(folder: Path, settings: ServeSettings, life_name: str) -> Path:
+    """The journal of the cluster `settings.name` on the Ray cluster `life_name`."""
+    return folder / f"{settings.name}-{life_name}.journal"
 
 
 def http_url(settings: ServeSettings, node: str = "127.0.0.1") -> str:

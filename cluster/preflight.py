@@ -28,6 +28,20 @@ def check_model(settings: ServeSettings) -> None:
     plan_target(settings)
 
 
+def check_ray_answers(settings: ServeSettings) -> None:
+    """Raises InvalidInput when nobody listens at the Ray address: Ray itself would try for minutes."""
+    address = settings.ray_address or ""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not host or "/" in host or not port.isdigit():
+        raise InvalidInput("ray-address", address, "must be auto or ip:port")
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except (OSError, OverflowError):
+        raise InvalidInput("ray-address", address, "must be the address of a running Ray cluster") from None
+
+
 def check_port_is_free(settings: ServeSettings) -> None:
     """Raises InvalidInput when somebody already listens on the HTTP port."""
     try:

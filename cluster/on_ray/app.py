@@ -23,6 +23,7 @@ from experts.errors import RouterLost
 
 HEALTH_EVERY_S = 1.0
 HEALTH_TIMEOUT_S = 30.0
+NUM_TRIES = 3
 ROUTER_STOP_S = 10.0
 INGRESS_STOP_S = 30.0
 
@@ -83,6 +84,7 @@ def build_app(settings: ServeSettings) -> Application:
         name="Router",
         num_replicas=settings.routers,
         ray_actor_options=_resources(settings, Role.ROUTER),
+        max_constructor_retry_count=NUM_TRIES,
         health_check_period_s=HEALTH_EVERY_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.1,
@@ -92,6 +94,7 @@ def build_app(settings: ServeSettings) -> Application:
         name="Ingress",
         num_replicas=1,
         ray_actor_options=_resources(settings, Role.INGRESS),
+        max_constructor_retry_count=NUM_TRIES,
         max_ongoing_requests=max_ongoing_requests(settings),
         health_check_period_s=HEALTH_EVERY_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,

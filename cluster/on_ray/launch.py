@@ -23,7 +23,8 @@ import ray
 from ray import serve
 
 from cluster.config import ServeSettings
-from cluster.controller_process import http_url
+from cluster.control.journal import JournalFile
+from cluster.controller_process import http_url, journal_path
 from cluster.on_ray.app import build_app
 from cluster.on_ray.controller_actor import ensure_controller
 from cluster.on_ray.find import ControllerFinder
@@ -39,7 +40,12 @@ STUCK_S = 20.0
 """A problem that lasts so long while nothing moves ends a start."""
 DRAIN_S = 30.0
 REPORTS_ARE_FRESH_S = 1.5
-LAST_WORDS_S = 10.0
+END_S = 60.0
+LAST_WORDS_S = 5.0
+WATCH_S = 1.0
+TWICE_S = 1.0
+"""Wrappers and terminals may pass one Ctrl-C on twice; only one that comes later than this means "at once"."""
+FAILED, ABANDONED = 1, 130
 LOOPBACK = "127.0.0.1"
 
 
@@ -55,7 +61,7 @@ class Stopped(Exception):
 
 
 def launch(settings: ServeSettings, state_dir: Path) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit code. Raises HerdError when the cluster does not come up.
+    """Serve until SIGINT or SIGTERM; returns the exit code, 1 when the cluster does not come up or Ray ends.
 
     The settings are checked already. What Ray says goes to a file that is removed at a good end.
     """
@@ -65,63 +71,73 @@ def launch(settings: ServeSettings, state_dir: Path) -> int:
     )
     log_path = state_dir / f"{settings.name}-{settings.port}.log"
     with output_to(log_path) as (out, errors):
-        launcher = Launcher(settings, OwnRay() if own else JoinedRay(settings), out)
+        launcher = Launcher(settings, OwnRay() if own else JoinedRay(settings), out, log_path)
         with Signals(launcher.abandon) as signals:
             try:
                 launcher.run(signals)
-            except HerdError:
-                print(f"what Ray said is in {log_path}", file=errors)
-                raise
+            except HerdError as error:
+                print(f"herd: {error}\nherd: what Ray said is in {log_path}", file=errors, flush=True)
+                return leave(FAILED, launcher.forced)
     log_path.unlink(missing_ok=True)
-    return 0
+    return leave(0, launcher.forced)
+
+
+def leave(code: int, forced: bool) -> int:
+    """`code`, or the end of the process with it right here."""
+    if forced:
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 class Launcher:
     """One life of `herd serve`."""
 
-    def __init__(self, settings: ServeSettings, cluster_ray: OwnRay | JoinedRay, out: TextIO) -> None:
+    def __init__(self, settings: ServeSettings, cluster_ray: OwnRay | JoinedRay, out: TextIO, log_path: Path) -> None:
         self._settings = settings
         self._ray = cluster_ray
         self._out = out
+        self._log_path = log_path
+        self._session = "none"
+        self.forced = False
+        """A thread hangs in Ray, which would keep the interpreter from ending or crash it on the way."""
         self._find = ControllerFinder(settings)
         self._own_serve = True
-        self._deployed = threading.Event()
-        self._deploy_error: BaseException | None = None
 
     def run(self, signals: Signals) -> None:
-        """Start, serve until asked to stop, end. Raises HerdError when the start fails."""
+        """Start, serve until asked to stop, end. Raises HerdError when the start fails or Ray goes away."""
         try:
             self._say(f"starting Ray{'' if self._settings.ray_address is None else ' (joining)'}")
             self._ray.start()
             signals.install()
+            self._session = ray.get_runtime_context().get_session_name()
             self._start(signals)
             self._say(f"ready at {http_url(self._settings)} (model {self._settings.model_name}); Ctrl-C ends it")
-            signals.wait()
+            self._serve(signals)
             self._say("draining: no new requests, those running may finish")
             self._drain()
         except (Stopped, KeyboardInterrupt, SystemExit):
-            self._say("stopped before it was ready")
+            self._say("stopped")
         finally:
-            # From here on a signal means "at once", whoever sent the first.
-            signals.asked.set()
+            signals.ending()
             self._end()
         self._say("ended")
 
     def abandon(self) -> None:
-        """End at once. The parts of a Ray of our own end with this process."""
+        """End at once, from wherever this is called."""
+        self._ray.abandon()
         self._remove_files()
-        self._ray.remove_files()
-        os._exit(130)
+        self._log_path.unlink(missing_ok=True)
+        os._exit(ABANDONED)
 
     def _start(self, signals: Signals) -> None:
         ensure_controller(self._settings)
         signals.check()
-        threading.Thread(target=self._deploy, name="deploy", daemon=True).start()
+        self._deploy()
+        signals.check()
         progress = Progress(self._out)
         moved_at, last = time.monotonic(), (-1, "")
         while not self._is_ready(status := self._status()):
-            if self._deploy_error is not None:
-                raise StartFailed(_reason(self._deploy_error)) from self._deploy_error
             phase = "waiting for routers" if status.replicas_held == status.replicas_wanted else "loading experts"
             progress.show(phase, status.replicas_held, status.replicas_wanted)
             if (status.replicas_held, phase) != last:
@@ -132,24 +148,26 @@ class Launcher:
         progress.end()
 
     def _deploy(self) -> None:
+        """Hand the application to Serve, which goes on by itself."""
         settings = self._settings
-        try:
-            self._own_serve = not _serve_is_running()
-            serve.start(
-                proxy_location="HeadOnly" if settings.ray_address is None else "EveryNode",
-                http_options={"host": settings.host, "port": settings.port},
-                logging_config={"log_level": "WARNING", "enable_access_log": False},
-            )
-            serve.run(build_app(settings), name=settings.name, route_prefix="/")
-            self._deployed.set()
-        except Exception as error:
-            # Carried to the main thread, which ends everything.
-            self._deploy_error = error
+        self._own_serve = not _serve_is_running()
+        serve.start(
+            proxy_location="HeadOnly" if settings.ray_address is None else "EveryNode",
+            http_options={"host": settings.host, "port": settings.port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        target = serve.RunTarget(build_app(settings), name=settings.name, route_prefix="/")
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
     def _is_ready(self, status: ClusterStatus) -> bool:
+        """Raises StartFailed when Serve has given up."""
         routers = sum(router.state == "ready" for router in status.routers)
         loaded = status.replicas_held == status.replicas_wanted
-        return self._deployed.is_set() and loaded and routers >= self._settings.routers and bool(status.ingresses)
+        app = serve.status().applications.get(self._settings.name)
+        if app is not None and app.status == "DEPLOY_FAILED":
+            raise StartFailed(_reason(app.message))
+        deployed = app is not None and app.status == "RUNNING"
+        return deployed and loaded and routers >= self._settings.routers and bool(status.ingresses)
 
     def _status(self) -> ClusterStatus:
         """The controller's status; an empty one that is never ready while it is away."""
@@ -161,6 +179,8 @@ class Launcher:
     def _drain(self) -> None:
         """Wait until no router has requests any more, at most `DRAIN_S`."""
         end = time.monotonic() + DRAIN_S
+        if not self._ray.is_alive():
+            return
         with contextlib.suppress(ControllerUnreachable):
             ask_drain(self._find())
             time.sleep(REPORTS_ARE_FRESH_S)
@@ -170,15 +190,33 @@ class Launcher:
                     return
                 time.sleep(POLL_S)
 
+    def _serve(self, signals: Signals) -> None:
+        """Wait for a signal. The cluster heals by itself; only Ray is beyond its means."""
+        while not signals.asked.wait(WATCH_S):
+            if not self._ray.is_alive():
+                raise StartFailed("Ray has ended")
+
     def _end(self) -> None:
-        """Take down what is up, whatever that is."""
+        """Take down what is up, whatever that is, in bounded time even when Ray does not answer any more."""
+        steps = threading.Thread(target=self._end_in_order, name="end", daemon=True)
+        steps.start()
+        end = time.monotonic() + END_S
+        while steps.is_alive() and self._ray.is_alive() and time.monotonic() < end:
+            steps.join(POLL_S)
+        # Ray ends within the steps, too, so that they get a moment more once it has.
+        steps.join(LAST_WORDS_S)
+        self.forced = steps.is_alive()
+        if self.forced:
+            self._ray.abandon()
+        self._remove_files()
+
+    def _end_in_order(self) -> None:
         if ray.is_initialized():
             _attempt("deleting the application", lambda: serve.delete(self._settings.name))
             _attempt("ending the controller", self._end_controller)
             if self._own_serve:
                 _attempt("ending Serve", serve.shutdown)
         self._ray.stop()
-        self._remove_files()
 
     def _end_controller(self) -> None:
         end = time.monotonic() + LAST_WORDS_S
@@ -190,19 +228,21 @@ class Launcher:
                 time.sleep(0.1)
 
     def _remove_files(self) -> None:
-        """The controller does it too, if it lives on this machine and to the end."""
+        """The controller does it too, if it lives to the end. On another machine these are not its files."""
         folder = Path(self._settings.state_dir)
         run_file_path(folder, self._settings.name, self._settings.port).unlink(missing_ok=True)
+        JournalFile(journal_path(folder, self._settings, self._session)).remove()
 
     def _say(self, text: str) -> None:
         print(f"herd: {text}", file=self._out, flush=True)
 
 
 class Signals:
-    """SIGINT and SIGTERM: the first asks for an orderly end, the second for an immediate one."""
+    """SIGINT and SIGTERM ask for an orderly end; a SIGINT after that means "at once"."""
 
     def __init__(self, abandon: Callable[[], None]) -> None:
         self.asked = threading.Event()
+        self._asked_at = 0.0
         self._abandon = abandon
         self._before: dict[int, Any] = {}
 
@@ -227,15 +267,17 @@ class Signals:
         if self.asked.wait(wait_s):
             raise Stopped
 
-    def wait(self) -> None:
-        """Until the end is asked for. Wakes up now and then, because a lock held in C takes no signals."""
-        while not self.asked.wait(1.0):
-            pass
+    def ending(self) -> None:
+        """The end has begun, whoever asked for it."""
+        if not self.asked.is_set():
+            self._asked_at = time.monotonic()
+            self.asked.set()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked.is_set():
+        if not self.asked.is_set():
+            self.ending()
+        elif number == signal.SIGINT and time.monotonic() - self._asked_at > TWICE_S:
             self._abandon()
-        self.asked.set()
 
 
 @contextlib.contextmanager
@@ -279,9 +321,8 @@ def _serve_is_running() -> bool:
     return True
 
 
-def _reason(error: BaseException) -> str:
+def _reason(message: str) -> str:
     """Why a deployment failed: our own error out of the trace that Serve gives, else its last line."""
-    text = str(error)
-    ours = re.findall(r"experts\.errors\.\w+: (.+)", text)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return str(ours[-1] if ours else lines[-1] if lines else type(error).__name__)
+    ours = re.findall(r"experts\.errors\.\w+: (.+)", message)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return str(ours[-1] if ours else lines[-1] if lines else "the application could not be deployed")

@@ -13,8 +13,12 @@ import ray
 import cluster
 from cluster.config import ServeSettings
 from cluster.on_ray.find import NAMESPACE
+from cluster.processes import adopt_orphans, command, descendants, end_descendants, is_alive
 from cluster.topology import OBJECT_STORE_BYTES
 from experts.errors import HerdError, InvalidInput
+
+VITAL_PROGRAMS = ("gcs_server", "raylet")
+LAST_WORDS_S = 5.0
 
 
 class RayFailed(HerdError):
@@ -27,9 +31,11 @@ class OwnRay:
     def __init__(self) -> None:
         # Short, because the paths of Unix sockets below it may have 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="herd-ray-", dir="/tmp"))
+        self._vital: list[int] = []
 
     def start(self) -> None:
         """Raises RayFailed."""
+        adopt_orphans()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Workers import the packages from where this process has them, installed or not.
         roots = [str(Path(cluster.__path__[0]).parent), os.environ.get("PYTHONPATH", "")]
@@ -47,12 +53,21 @@ class OwnRay:
         except (RuntimeError, ConnectionError, OSError, ValueError) as error:
             raise RayFailed(f"Ray did not start: {_first_line(error)}") from error
 
+        self._vital = [pid for pid in descendants(os.getpid()) if command(pid).endswith(VITAL_PROGRAMS)]
+
+    def is_alive(self) -> bool:
+        """Whether the programs run that nothing works without."""
+        return all(is_alive(pid) for pid in self._vital)
+
     def stop(self) -> None:
         """End Ray and remove its files."""
         ray.shutdown()
-        self.remove_files()
+        end_descendants(os.getpid(), LAST_WORDS_S)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def remove_files(self) -> None:
+    def abandon(self) -> None:
+        """End everything below this process at once, and remove its files."""
+        end_descendants(os.getpid(), 0.0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -72,8 +87,12 @@ class JoinedRay:
     def stop(self) -> None:
         ray.shutdown()
 
-    def remove_files(self) -> None:
-        """There are none of ours."""
+    def is_alive(self) -> bool:
+        """Ray tells its drivers by itself when it goes."""
+        return True
+
+    def abandon(self) -> None:
+        """Nothing of it ends with us: actors and application go on until somebody ends them."""
 
 
 def _first_line(error: BaseException) -> str:
