@@ -12,26 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from experts.errors import CheckpointError, InvalidInput
+from experts.fields import Fields, is_int
+from experts.rope_config import RopeScaling, parse_rope
+from experts.vision_config import VisionConfig, parse_vision
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Frequency scaling of type "llama3": long wavelengths are divided by `factor`, a band between is smoothed."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The text decoder of one checkpoint. Tuples are indexed by layer.
+    """One checkpoint: its text decoder and, where it can see, its vision tower. Tuples are indexed by layer.
 
     `rope_layers`: the layer rotates queries and keys (and normalises them, if `use_qk_norm`).
     `chunked_layers`: the layer sees only its current attention chunk; with `attention_chunk_size` None it sees all.
+    `vision` is None for a text-only model. `image_token_id` marks the places that take an image's features;
+    `boi_token_id` and `eoi_token_id` stand before and after an image.
     """
 
     vocab_size: int
@@ -61,6 +56,10 @@ class ModelConfig:
     tensor_prefix: str
     """What precedes `model.` in tensor names: "language_model." or ""."""
     eos_token_ids: tuple[int, ...]
+    vision: VisionConfig | None
+    image_token_id: int
+    boi_token_id: int
+    eoi_token_id: int
 
     @property
     def chunk_size(self) -> int | None:
@@ -97,17 +96,26 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         text = raw.get("text_config")
         if not isinstance(text, Mapping):
             raise InvalidInput("text_config", text, "must be an object")
-        prefix = "language_model."
+        prefix, vision = "language_model.", _vision(raw)
     elif kind == "llama4_text":
-        text, prefix = raw, ""
+        text, prefix, vision = raw, "", None
     else:
         raise InvalidInput("model_type", kind, "must be llama4 or llama4_text")
-    fields = _Fields(text)
-    _refuse_unsupported(text)
-    return _build(fields, raw, prefix)
+    _refuse_unsupported(raw, text)
+    return _build(Fields(text), Fields(raw), prefix, vision)
 
 
-def _build(fields: _Fields, raw: Mapping[str, Any], prefix: str) -> ModelConfig:
+def _vision(raw: Mapping[str, Any]) -> VisionConfig | None:
+    """A multimodal folder without the object is served as text."""
+    part = raw.get("vision_config")
+    if part is None:
+        return None
+    if not isinstance(part, Mapping):
+        raise InvalidInput("vision_config", part, "must be an object or null")
+    return parse_vision(part)
+
+
+def _build(fields: Fields, top: Fields, prefix: str, vision: VisionConfig | None) -> ModelConfig:
     num_layers = fields.integer("num_hidden_layers", 48)
     num_heads = fields.integer("num_attention_heads", 40)
     num_kv_heads = fields.integer("num_key_value_heads", 8, null=num_heads)
@@ -116,7 +124,8 @@ def _build(fields: _Fields, raw: Mapping[str, Any], prefix: str) -> ModelConfig:
     if num_heads % num_kv_heads:
         raise InvalidInput("num_key_value_heads", num_kv_heads, f"must divide num_attention_heads {num_heads}")
     rope_layers = _rope_layers(fields, num_layers)
-    theta, scaling = _rope(fields)
+    max_position = fields.integer("max_position_embeddings", 131072)
+    theta, scaling = parse_rope(fields, default_theta=500000.0, max_position=max_position)
     config = ModelConfig(
         vocab_size=fields.integer("vocab_size", 202048),
         hidden_size=hidden_size,
@@ -127,7 +136,7 @@ def _build(fields: _Fields, raw: Mapping[str, Any], prefix: str) -> ModelConfig:
         expert_size=fields.integer("intermediate_size", 8192),
         dense_size=fields.integer("intermediate_size_mlp", 16384),
         num_experts=num_experts,
-        experts_per_token=fields.integer("num_experts_per_tok", 1),
+        experts_per_token=fields.integer("num_experts_per_tok", 1, low=0),
         moe_layers=_moe_layers(fields, num_layers),
         rope_layers=rope_layers,
         chunked_layers=_chunked_layers(fields, rope_layers),
@@ -139,11 +148,16 @@ def _build(fields: _Fields, raw: Mapping[str, Any], prefix: str) -> ModelConfig:
         attn_temperature_tuning=bool(fields.get("attn_temperature_tuning", True)),
         floor_scale=fields.integer("floor_scale", 8192),
         attn_scale=fields.number("attn_scale", 0.1),
-        max_position=fields.integer("max_position_embeddings", 131072),
-        tie_word_embeddings=_tied(fields, raw),
-        dtype=_dtype(fields, raw),
+        max_position=max_position,
+        # The flag beside text_config ties nothing.
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        dtype=_dtype(fields, top),
         tensor_prefix=prefix,
         eos_token_ids=token_ids("eos_token_id", fields.get("eos_token_id", ())),
+        vision=vision,
+        image_token_id=_special_token(top, "image_token", 200092),
+        boi_token_id=_special_token(top, "boi_token", 200080),
+        eoi_token_id=_special_token(top, "eoi_token", 200081),
     )
     _check_together(config)
     return config
@@ -154,13 +168,17 @@ def _check_together(config: ModelConfig) -> None:
         raise InvalidInput("head_dim", config.head_dim, "must be even")
     if config.moe_layers and config.num_experts < 1:
         raise InvalidInput("num_local_experts", config.num_experts, "must be ≥ 1 where moe_layers is not empty")
-    if config.moe_layers and config.experts_per_token > config.num_experts:
+    if config.moe_layers and not 1 <= config.experts_per_token <= config.num_experts:
         raise InvalidInput(
-            "num_experts_per_tok", config.experts_per_token, f"must be ≤ num_local_experts {config.num_experts}"
+            "num_experts_per_tok",
+            config.experts_per_token,
+            f"must be at least 1 and at most num_local_experts {config.num_experts}",
         )
 
 
-def _refuse_unsupported(text: Mapping[str, Any]) -> None:
+def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    if raw.get("quantization_config"):
+        raise InvalidInput("quantization_config", raw["quantization_config"], "quantized weights are not supported")
     act = text.get("hidden_act", "silu")
     if act != "silu":
         raise InvalidInput("hidden_act", act, "only silu is supported")
@@ -168,7 +186,7 @@ def _refuse_unsupported(text: Mapping[str, Any]) -> None:
         raise InvalidInput("attention_bias", text["attention_bias"], "attention with bias is not supported")
 
 
-def _rope_layers(fields: _Fields, num_layers: int) -> tuple[bool, ...]:
+def _rope_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
     """`no_rope_layers` reads the other way round: 1 means the layer does rotate."""
     listed = fields.get("no_rope_layers")
     if not listed:
@@ -179,7 +197,7 @@ def _rope_layers(fields: _Fields, num_layers: int) -> tuple[bool, ...]:
     return tuple(bool(flag) for flag in listed[:num_layers])
 
 
-def _chunked_layers(fields: _Fields, rope_layers: tuple[bool, ...]) -> tuple[bool, ...]:
+def _chunked_layers(fields: Fields, rope_layers: tuple[bool, ...]) -> tuple[bool, ...]:
     kinds = fields.get("layer_types")
     if kinds is None:
         return rope_layers
@@ -189,50 +207,24 @@ def _chunked_layers(fields: _Fields, rope_layers: tuple[bool, ...]) -> tuple[boo
     return tuple(kind == "chunked_attention" for kind in kinds[: len(rope_layers)])
 
 
-def _moe_layers(fields: _Fields, num_layers: int) -> tuple[int, ...]:
+def _moe_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
     """An explicit `[]` means dense everywhere and is not the same as a missing list."""
     listed = fields.get("moe_layers")
     if listed is None:
         step = fields.integer("interleave_moe_layer_step", 1)
         return tuple(range(step - 1, num_layers, step))
-    if not isinstance(listed, list) or any(not _is_int(layer) or layer < 0 for layer in listed):
+    if not isinstance(listed, list) or any(not is_int(layer) or layer < 0 for layer in listed):
         raise InvalidInput("moe_layers", listed, "must list layer numbers")
     return tuple(sorted({layer for layer in listed if layer < num_layers}))
 
 
-def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
-    """θ and scaling, from `rope_parameters` (v5) or `rope_theta` + `rope_scaling` (v4)."""
-    merged: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        part = fields.get(name)
-        if part is not None and not isinstance(part, Mapping):
-            raise InvalidInput(name, part, "must be an object or null")
-        merged.update(part or {})
-    rope = _Fields({"rope_theta": fields.get("rope_theta", 500000.0), **merged}, where="rope_parameters.")
-    theta = rope.number("rope_theta", 500000.0)
-    kind = merged.get("rope_type", merged.get("type", "default"))
-    if rope.number("partial_rotary_factor", 1.0) != 1.0:
-        raise InvalidInput("rope_parameters.partial_rotary_factor", merged["partial_rotary_factor"], "must be 1")
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise InvalidInput("rope_parameters.rope_type", kind, "must be default or llama3")
-    return theta, RopeScaling(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_position=rope.integer(
-            "original_max_position_embeddings", fields.integer("max_position_embeddings", 131072)
-        ),
-    )
+def _special_token(top: Fields, name: str, default: int) -> int:
+    """A token id under either of the names that HF reads."""
+    return top.integer(f"{name}_index", top.integer(f"{name}_id", default, low=0), low=0)
 
 
-def _tied(fields: _Fields, raw: Mapping[str, Any]) -> bool:
-    return bool(raw.get("tie_word_embeddings", False)) or fields.boolean("tie_word_embeddings", False)
-
-
-def _dtype(fields: _Fields, raw: Mapping[str, Any]) -> str:
-    for source in (fields.raw, raw):
+def _dtype(fields: Fields, top: Fields) -> str:
+    for source in (fields, top):
         for name in ("dtype", "torch_dtype"):
             value = source.get(name)
             if value is None:
@@ -246,45 +238,7 @@ def _dtype(fields: _Fields, raw: Mapping[str, Any]) -> str:
 
 def token_ids(field: str, value: object) -> tuple[int, ...]:
     """A token id, a list of them or null, as a tuple."""
-    listed = [] if value is None else [value] if _is_int(value) else value
-    if not isinstance(listed, list | tuple) or any(not _is_int(token) or token < 0 for token in listed):
+    listed = [] if value is None else [value] if is_int(value) else value
+    if not isinstance(listed, list | tuple) or any(not is_int(token) or token < 0 for token in listed):
         raise InvalidInput(field, value, "must be a token id or a list of token ids")
     return tuple(listed)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-class _Fields:
-    """Typed access to a JSON object; wrong types become InvalidInput with the field's full name."""
-
-    def __init__(self, raw: Mapping[str, Any], where: str = "") -> None:
-        self.raw = raw
-        self._where = where
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.raw.get(name, default)
-
-    def integer(self, name: str, default: int, *, low: int = 1, null: int | None = None) -> int:
-        value = self.raw.get(name, default)
-        if value is None and null is not None:
-            return null
-        if not _is_int(value) or value < low:
-            raise InvalidInput(self._where + name, value, f"must be an integer ≥ {low}")
-        return int(value)
-
-    def optional_integer(self, name: str, default: int) -> int | None:
-        return None if self.raw.get(name, default) is None else self.integer(name, default)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.raw.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise InvalidInput(self._where + name, value, "must be a finite number ≥ 0")
-        return float(value)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.raw.get(name, default)
-        if not isinstance(value, bool):
-            raise InvalidInput(self._where + name, value, "must be true or false")
-        return value

@@ -9,12 +9,13 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from experts.errors import InvalidInput, RouterLost
 from experts.placement import ExpertKey
+from router.engine.images import ImageInput, ImageRules, place_images
 from router.engine.request import Event, FinishEvent, Request, SamplingParams
 from router.engine.runner import StepOutcome
 from router.engine.scheduler import Scheduler, Step
@@ -54,7 +55,7 @@ class _Sink(NamedTuple):
 
 class Engine:
     """Serves requests until stopped. `available` tells whether experts can be reached now; it and `runner` are only
-    called from the engine's thread."""
+    called from the engine's thread. `image_rules` is None for a model that takes no images."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Engine:
         runner: Runner,
         vocab_size: int,
         available: Callable[[frozenset[ExpertKey]], bool],
+        image_rules: ImageRules | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stats = EngineStats()
@@ -70,6 +72,7 @@ class Engine:
         self._runner = runner
         self._vocab_size = vocab_size
         self._available = available
+        self._image_rules = image_rules
         self._clock = clock
         self._changed = threading.Condition()
         self._sinks: dict[str, _Sink] = {}
@@ -114,9 +117,10 @@ class Engine:
         sampling: SamplingParams,
         deadline: float,
         on_event: Callable[[Event], None],
+        images: Sequence[ImageInput] = (),
     ) -> None:
         """Take in a request from any thread. `on_event` is called from the engine's thread: token events, then
-        exactly one finish event.
+        exactly one finish event. `images` belong to the prompt's patch tokens, in order.
 
         Raises InvalidInput, ContextOverflow, Overloaded or RouterLost, and then calls nothing. Attempts of one
         request are strangers to each other here: an older one that lingers does not stand in a newer one's way.
@@ -133,6 +137,7 @@ class Engine:
             deadline=deadline,
             arrival=self._clock(),
             attempt=attempt,
+            images=place_images(prompt_ids, images, self._image_rules),
         )
         with self._changed:
             if self._stopping or not self.alive:

@@ -1,4 +1,4 @@
-"""Turns a step's pieces into the tensors of a packed batch: token ids, positions and key/value slots.
+"""Turns a step's pieces into the tensors of a packed batch: token ids, positions, key/value slots and image features.
 
 Slot s of a pool is token s mod block_size of block s ÷ block_size. Global tables count from position 0, local ones from
 the start of the request's current attention chunk.
@@ -6,23 +6,37 @@ the start of the request's current attention chunk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from router.engine.images import ImageInput
 from router.engine.scheduler import Piece
 from router.model.attention import Span
 from router.model.decoder import PackedBatch
 
+NO_FEATURES: Mapping[bytes, torch.Tensor] = {}
 
-def pack(pieces: Sequence[Piece], *, block_size: int, chunk_size: int | None, device: torch.device) -> PackedBatch:
-    """Lay the pieces end to end. A piece never crosses a chunk border (the scheduler's rule, asserted here)."""
+
+def pack(
+    pieces: Sequence[Piece],
+    *,
+    block_size: int,
+    chunk_size: int | None,
+    device: torch.device,
+    features: Mapping[bytes, torch.Tensor] = NO_FEATURES,
+) -> PackedBatch:
+    """Lay the pieces end to end. A piece never crosses a chunk border (the scheduler's rule, asserted here).
+
+    `features` holds those of `images_of(pieces)` by digest, in the order of their patch tokens.
+    """
     spans, row = [], 0
     for piece in pieces:
         spans.append(_span(piece, row, block_size, chunk_size, device))
         row += piece.count
     ids = [token for piece in pieces for token in piece.request.token_ids[piece.start : piece.start + piece.count]]
     positions = [torch.arange(piece.start, piece.start + piece.count, device=device) for piece in pieces]
+    image_rows, image_features = _image_rows(pieces, features)
     return PackedBatch(
         ids_T=torch.tensor(ids, dtype=torch.int64, device=device),
         positions_T=torch.cat(positions),
@@ -30,7 +44,36 @@ def pack(pieces: Sequence[Piece], *, block_size: int, chunk_size: int | None, de
         local_slots_T=torch.cat([span.local_slots[-span.count :] for span in spans]),
         spans=tuple(spans),
         samples=tuple(index for index, piece in enumerate(pieces) if piece.samples),
+        image_rows_P=torch.tensor(image_rows, dtype=torch.int64, device=device) if image_rows else None,
+        image_features_PH=torch.cat(image_features) if image_rows else None,
     )
+
+
+def images_of(pieces: Sequence[Piece]) -> list[ImageInput]:
+    """The images that some of the pieces' tokens are patches of."""
+    return [
+        placed.image
+        for piece in pieces
+        for placed in piece.request.images
+        if placed.rows_within(piece.start, piece.count)
+    ]
+
+
+def _image_rows(
+    pieces: Sequence[Piece], features: Mapping[bytes, torch.Tensor]
+) -> tuple[list[int], list[torch.Tensor]]:
+    """Rows of the batch that are patches, and their features part by part; a piece may hold any part of an image."""
+    rows: list[int] = []
+    parts: list[torch.Tensor] = []
+    first_row = 0
+    for piece in pieces:
+        for placed in piece.request.images:
+            wanted = placed.rows_within(piece.start, piece.count)
+            if wanted:
+                rows += [first_row + placed.positions[row] - piece.start for row in wanted]
+                parts.append(features[placed.image.digest][wanted.start : wanted.stop])
+        first_row += piece.count
+    return rows, parts
 
 
 def _span(piece: Piece, row: int, block_size: int, chunk_size: int | None, device: torch.device) -> Span:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from experts.placement import ExpertKey
+from router.engine.images import PlacedImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,8 @@ class Request:
     phase: Phase = Phase.WAITING
     global_blocks: list[int] = field(default_factory=list)
     local_blocks: list[int] = field(default_factory=list)
+    images: tuple[PlacedImage, ...] = ()
+    """Images of the prompt, in order."""
     missing: frozenset[ExpertKey] = frozenset()
     """Experts that were away when this request was parked."""
 

@@ -9,8 +9,9 @@ import torch
 
 from experts.config import ModelConfig
 from experts.placement import ExpertKey
+from router.engine.image_features import ImageFeatures
 from router.engine.kv_cache import KVLayout
-from router.engine.packing import pack
+from router.engine.packing import NO_FEATURES, images_of, pack
 from router.engine.request import Request
 from router.engine.sampler import Draw, sample
 from router.engine.scheduler import Piece, Step
@@ -36,13 +37,22 @@ def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) ->
 
 class ModelRunner:
     """Runs steps on one decoder. `micro_batches` > 1 splits a step's requests into that many interleaved forwards,
-    each computing while another's rows travel."""
+    each computing while another's rows travel. Steps with images need `images`."""
 
-    def __init__(self, decoder: Decoder, layout: KVLayout, *, eos_ids: Sequence[int], micro_batches: int = 1) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        layout: KVLayout,
+        *,
+        eos_ids: Sequence[int],
+        micro_batches: int = 1,
+        images: ImageFeatures | None = None,
+    ) -> None:
         self._decoder = decoder
         self._layout = layout
         self._eos_ids = tuple(eos_ids)
         self._micro_batches = micro_batches
+        self._images = images
         self._device = decoder.weights.device
         self._store = KVStore(
             decoder.config,
@@ -57,7 +67,8 @@ class ModelRunner:
         """Compute every piece of `step` and sample where a piece ends at its request's last known token."""
         shares = [list(step.pieces[start :: self._micro_batches]) for start in range(self._micro_batches)]
         shares = [share for share in shares if share]
-        outputs = run(*(self._decoder.forward(self._pack(share), self._store) for share in shares))
+        features = self._features(step)
+        outputs = run(*(self._decoder.forward(self._pack(share, features), self._store) for share in shares))
         sampled: dict[str, int] = {}
         lost: dict[str, frozenset[ExpertKey]] = {}
         for share, output in zip(shares, outputs, strict=True):
@@ -65,8 +76,21 @@ class ModelRunner:
             lost |= {share[index].request.request_id: missing for index, missing in output.lost.items()}
         return StepOutcome(sampled=sampled, lost=lost)
 
-    def _pack(self, pieces: Sequence[Piece]) -> PackedBatch:
-        return pack(pieces, block_size=self._layout.block_size, chunk_size=self._layout.border, device=self._device)
+    def _features(self, step: Step) -> Mapping[bytes, torch.Tensor]:
+        images = images_of(step.pieces)
+        if not images:
+            return NO_FEATURES
+        assert self._images is not None, "requests with images are refused where nothing encodes them"
+        return self._images.of(images)
+
+    def _pack(self, pieces: Sequence[Piece], features: Mapping[bytes, torch.Tensor]) -> PackedBatch:
+        return pack(
+            pieces,
+            block_size=self._layout.block_size,
+            chunk_size=self._layout.border,
+            device=self._device,
+            features=features,
+        )
 
     def _sample(self, pieces: Sequence[Piece], output: StepOutput) -> dict[str, int]:
         if not output.samples:

@@ -2,7 +2,7 @@
 
 It knows neither where experts live nor how rows travel: it declares the protocol it needs (`RoutedExperts`) and is
 handed something that fulfils it.
-Shape letters: T packed tokens, S sampled rows, H hidden size, V vocabulary.
+Shape letters: T packed tokens, P rows that are patches of images, S sampled rows, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class PackedBatch:
     """One step's tokens, all requests' spans end to end.
 
     `global_slots_T` and `local_slots_T` are where each token's keys and values go in full-attention and chunked
-    layers. `samples` lists the indices of spans whose last row's logits are wanted.
+    layers. `samples` lists the indices of spans whose last row's logits are wanted. Where the batch holds patches of
+    images, `image_rows_P` are their rows and `image_features_PH` what stands there instead of embeddings.
     """
 
     ids_T: torch.Tensor
@@ -51,6 +52,8 @@ class PackedBatch:
     local_slots_T: torch.Tensor
     spans: tuple[Span, ...]
     samples: tuple[int, ...]
+    image_rows_P: torch.Tensor | None = None
+    image_features_PH: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,7 @@ class Decoder:
     def forward(self, batch: PackedBatch, store: KVStore) -> Forward:
         """Run `batch` through all layers, writing keys and values to `store`."""
         rows = _Rows(
-            x_TH=F.embedding(batch.ids_T, self.weights.embedding_VH),
+            x_TH=self._embed(batch),
             batch=batch,
             rotation=rotations(batch.positions_T, self._inverse_frequency),
             temperature=temperatures(batch.positions_T, self.config),
@@ -114,6 +117,13 @@ class Decoder:
             if combined.lost:
                 _drop_lost(rows, combined)
         return self._head(rows)
+
+    def _embed(self, batch: PackedBatch) -> torch.Tensor:
+        """Embeddings of the ids; patches of images take their features instead (early fusion)."""
+        x_TH = F.embedding(batch.ids_T, self.weights.embedding_VH)
+        if batch.image_rows_P is None or batch.image_features_PH is None:
+            return x_TH
+        return x_TH.index_copy_(0, batch.image_rows_P, batch.image_features_PH.to(x_TH.dtype))
 
     def _attention(self, layer: int, weights: LayerWeights, rows: _Rows, store: KVStore) -> torch.Tensor:
         batch = rows.batch
@@ -163,6 +173,7 @@ def _drop_lost(rows: _Rows, combined: Combined) -> None:
 
 
 def _select(batch: PackedBatch, spans: Sequence[int], rows: list[int]) -> PackedBatch:
+    """The batch without the other spans. Image features have done their part by the first dispatch: none are kept."""
     moved, row = [], 0
     for index in spans:
         old = batch.spans[index]

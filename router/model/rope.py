@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from experts.config import ModelConfig, RopeScaling
+from experts.config import ModelConfig
+from experts.rope_config import RopeScaling
 
 
 def inverse_frequencies(config: ModelConfig) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,8 @@ from experts.checkpoint import Checkpoint
 from experts.config import load_config
 from experts.weights import ExpertStore
 from router.checkpoint import load_trunk
-from router.engine.packing import pack
+from router.engine.images import PlacedImage
+from router.engine.packing import NO_FEATURES, pack
 from router.engine.request import Request, SamplingParams
 from router.engine.scheduler import Piece
 from router.local_experts import LocalExperts
@@ -30,11 +31,22 @@ def load_decoder(model_dir: Path, dtype: torch.dtype = torch.float32, experts: R
 
 
 class Stepper:
-    """Sequences side by side in one key/value store; every known token's logits are collected."""
+    """Sequences side by side in one key/value store; every known token's logits are collected.
 
-    def __init__(self, decoder: Decoder, sequences: Sequence[Sequence[int]], block_size: int = 4) -> None:
+    `images[row]` are the images placed in that sequence, `features` those of all of them by digest.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        sequences: Sequence[Sequence[int]],
+        block_size: int = 4,
+        images: Sequence[tuple[PlacedImage, ...]] | None = None,
+        features: Mapping[bytes, torch.Tensor] = NO_FEATURES,
+    ) -> None:
         self.decoder = decoder
         self.block_size = block_size
+        self.features = features
         longest = max(len(ids) for ids in sequences)
         blocks = -(-longest // block_size)
         # Tables are interleaved, so that neighbouring blocks of a sequence are never neighbours in the store.
@@ -46,6 +58,7 @@ class Stepper:
                 sampling=SamplingParams(max_tokens=1),
                 deadline=0.0,
                 arrival=0.0,
+                images=images[row] if images else (),
                 global_blocks=[block * len(sequences) + row for block in range(blocks)],
                 local_blocks=[block * len(sequences) + row for block in range(blocks)],
             )
@@ -67,7 +80,9 @@ class Stepper:
 
     def pack(self, counts: dict[int, int]) -> PackedBatch:
         chunk = self.decoder.config.chunk_size
-        return pack(self.pieces(counts), block_size=self.block_size, chunk_size=chunk, device=CPU)
+        return pack(
+            self.pieces(counts), block_size=self.block_size, chunk_size=chunk, device=CPU, features=self.features
+        )
 
     def pieces(self, counts: dict[int, int]) -> list[Piece]:
         """At most `counts[row]` tokens of each named sequence, stopping at its chunk's border."""
@@ -81,11 +96,18 @@ class Stepper:
         return pieces
 
 
-def all_logits(decoder: Decoder, ids: Sequence[int], counts: Iterable[int], block_size: int = 4) -> torch.Tensor:
+def all_logits(
+    decoder: Decoder,
+    ids: Sequence[int],
+    counts: Iterable[int],
+    block_size: int = 4,
+    images: tuple[PlacedImage, ...] = (),
+    features: Mapping[bytes, torch.Tensor] = NO_FEATURES,
+) -> torch.Tensor:
     """Logits [T, V] of one sequence computed in pieces of `counts` (the last one repeats); rows of positions that
     no piece ended at are NaN."""
     rows = []
-    stepper = Stepper(decoder, [ids], block_size)
+    stepper = Stepper(decoder, [ids], block_size, [images], features)
     [request] = stepper.requests
     sizes = iter(counts)
     size = next(sizes)
