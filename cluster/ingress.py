@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.config import ServeSettings
 from cluster.metrics import IngressNumbers, MetricsPage, ingress_families
-from experts.config import load_config, read_json
+from experts.config import load_config
 from experts.errors import RouterLost
 from experts.grpc_control import MemberLink
 from experts.placement import ClusterView
@@ -23,7 +23,8 @@ from router.api.http import HttpOptions, build_app
 from router.engine.request import SamplingParams
 from router.grpc_client import RouterPool
 from router.prompt.chat import ChatTemplate
-from router.prompt.tokenizer import Tokenizer
+from router.prompt.stop_ids import GENERATION_FILE, default_stop_ids
+from router.prompt.tokenizer import Tokenizer, read_json
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -94,7 +95,7 @@ class ClusterBackend:
     def use(self, view: ClusterView) -> None:
         """Go by `view` from now on."""
         self._view = view
-        self.pool.connect(view.routers)
+        self.pool.connect(view.routers, draining=view.draining)
 
     def submit(
         self, *, request_id: str, prompt_ids: list[int], sampling: SamplingParams, deadline: float
@@ -147,13 +148,13 @@ def _http_app(
 ) -> Callable[[Message, Receive, Send], Awaitable[None]]:
     model_dir = settings.model_dir
     tokenizer = Tokenizer.from_folder(model_dir)
-    generation = model_dir / "generation_config.json"
+    eos_ids = default_stop_ids(model_dir, load_config(model_dir).eos_token_ids)
     return build_app(
         served_names=[settings.model_name],
         tokenizer=tokenizer,
         template=ChatTemplate.from_folder(model_dir, tokenizer),
         backend=backend,
-        defaults=ServingDefaults.from_generation_config(read_json(generation) if generation.exists() else None),
+        defaults=ServingDefaults.from_generation_config(read_json(model_dir / GENERATION_FILE), eos_ids),
         version=version,
         options=HttpOptions(request_timeout_s=settings.request_timeout_s),
     )

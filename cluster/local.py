@@ -13,7 +13,7 @@ import torch
 
 from cluster.config import ServeSettings
 from experts.checkpoint import Checkpoint
-from experts.config import ModelConfig, load_config, read_json, token_ids
+from experts.config import ModelConfig, load_config
 from experts.placement import ExpertKey
 from experts.weights import ExpertStore
 from experts.wire.codec import LinkTerms
@@ -23,6 +23,7 @@ from router.engine.kv_cache import KVCache, KVLayout, plan_layout
 from router.engine.runner import ModelRunner, bytes_per_block
 from router.engine.scheduler import Scheduler, SchedulerConfig
 from router.model.decoder import Decoder, RoutedExperts
+from router.prompt.stop_ids import default_stop_ids
 
 BLOCK_SIZE = 16
 WAITING_TOKENS_PER_REQUEST = 4096
@@ -55,13 +56,8 @@ def open_model(model_dir: Path, dtype: str = "auto") -> Model:
         config=config,
         checkpoint=Checkpoint(model_dir),
         dtype=getattr(torch, config.dtype if dtype == "auto" else dtype),
-        eos_ids=frozenset(config.eos_token_ids) | _generation_eos(model_dir),
+        eos_ids=default_stop_ids(model_dir, config.eos_token_ids),
     )
-
-
-def _generation_eos(model_dir: Path) -> frozenset[int]:
-    path = model_dir / "generation_config.json"
-    return frozenset(token_ids("eos_token_id", read_json(path).get("eos_token_id"))) if path.exists() else frozenset()
 
 
 def build_engine(

@@ -29,20 +29,23 @@ class ServingDefaults:
     eos_token_ids: frozenset[int] = frozenset()
 
     @classmethod
-    def from_generation_config(cls, config: Mapping[str, Any] | None) -> ServingDefaults:
+    def from_generation_config(
+        cls, config: Mapping[str, Any] | None, eos_token_ids: frozenset[int] = frozenset()
+    ) -> ServingDefaults:
         """From the contents of generation_config.json, None if there is no such file.
 
-        As in transformers, a config that does not say `do_sample` is greedy. Raises CheckpointError.
+        `eos_token_ids` are the model's, wherever they are named. As in transformers, a config that does not say
+        `do_sample` is greedy. Raises CheckpointError.
         """
         if config is None:
-            return cls()
+            return cls(eos_token_ids=eos_token_ids)
         temperature = _number(config, "temperature", 1.0, low=0.0)
         return cls(
             temperature=temperature if config.get("do_sample") is True else 0.0,
             top_p=_number(config, "top_p", 1.0, low=0.0, high=1.0) or 1.0,
             top_k=int(_number(config, "top_k", 0, low=0)),
             max_new_tokens=int(_number(config, "max_new_tokens", 0, low=0)) or None,
-            eos_token_ids=_token_ids(config, "eos_token_id"),
+            eos_token_ids=eos_token_ids,
         )
 
 
@@ -97,11 +100,3 @@ def _number(config: Mapping[str, Any], name: str, default: float, *, low: float,
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise CheckpointError(f"generation_config.json: {name}", f"must be a number in {low} … {high}, is {value!r}")
     return value
-
-
-def _token_ids(config: Mapping[str, Any], name: str) -> frozenset[int]:
-    value = config.get(name)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(token) is not int or token < 0 for token in ids):
-        raise CheckpointError(f"generation_config.json: {name}", "must be a token id or a list of token ids")
-    return frozenset(ids)

@@ -1,4 +1,4 @@
-"""Text to token ids and back for a checkpoint's `tokenizer.json`. Knows nothing of messages, HTTP or models.
+"""Text to token ids and back for a model folder. Knows nothing of messages, HTTP or models.
 
 Text is always plain: a special token's name inside it is spelled in ordinary tokens, never turned into its id.
 """
@@ -7,23 +7,42 @@ from __future__ import annotations
 
 import codecs
 import json
-import re
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import tokenizers
+from typing import Any, Protocol
 
 from experts.errors import CheckpointError, InvalidInput
+from router.prompt.byte_alphabet import to_chars
+from router.prompt.tokenizer_json import JsonVocabulary
+from router.prompt.tokenizer_tiktoken import RankVocabulary
 
 TOKENIZER_FILE = "tokenizer.json"
+RANKS_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_MAP_FILE = "special_tokens_map.json"
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-_LOOKS_SPECIAL = re.compile(r"<\|.*\|>", re.DOTALL)
+
+class Vocabulary(Protocol):
+    """What one kind of tokenizer file knows. Immutable and safe to use from several threads.
+
+    `special_ids` maps the text of every control token to its id. `hidden_ids` are the tokens that answers do not
+    show. `named` are the texts of special tokens by role ("bos_token"), as far as the file itself names them.
+    """
+
+    special_ids: Mapping[str, int]
+    hidden_ids: frozenset[int]
+    named: Mapping[str, str]
+    vocab_size: int
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of plain `text`, which is valid Unicode; what a prompt begins with is added if asked for."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of a token that is not hidden; empty where an id below `vocab_size` has no token."""
+        ...
 
 
 class Tokenizer:
@@ -32,43 +51,41 @@ class Tokenizer:
     `special_ids` maps the text of every control token to its id: tokens marked special, and any added token of
     the shape `<|...|>`, which a user's text must not be able to forge either.
     `bos_token` and `eos_token` are texts as in tokenizer_config.json, or None; `named_specials` has all it names.
-    `vocab_size` is the highest id plus one.
+    `vocab_size` is the highest id plus one. `file` is the name of the file that it was read from.
     """
 
-    def __init__(self, spec: Mapping[str, Any], named_specials: Mapping[str, str]) -> None:
-        _require_byte_level(spec)
-        self._plain = _plain_tokenizer(spec)
-        added = spec.get("added_tokens") or ()
-        self.special_ids: Mapping[str, int] = MappingProxyType(
-            {token["content"]: token["id"] for token in added if _is_control(token)}
-        )
-        # Decoding hides what the tokenizers library hides, so a `<|...|>` not marked special stays visible.
-        self._hidden = frozenset(token["id"] for token in added if token["special"])
-        self.named_specials: Mapping[str, str] = MappingProxyType(dict(named_specials))
-        self.bos_token = named_specials.get("bos_token")
-        self.eos_token = named_specials.get("eos_token")
-        self.vocab_size = 1 + max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1)
+    def __init__(self, vocabulary: Vocabulary, named_specials: Mapping[str, str], *, file: str) -> None:
+        """`named_specials` wins over what the vocabulary names. Raises CheckpointError."""
+        self.file = file
+        self.special_ids: Mapping[str, int] = MappingProxyType(dict(vocabulary.special_ids))
+        self.named_specials: Mapping[str, str] = MappingProxyType({**vocabulary.named, **named_specials})
+        self.bos_token = self.named_specials.get("bos_token")
+        self.eos_token = self.named_specials.get("eos_token")
+        self.vocab_size = vocabulary.vocab_size
+        self._vocabulary = vocabulary
+        self._hidden_texts = {
+            token_id: text for text, token_id in vocabulary.special_ids.items() if token_id in vocabulary.hidden_ids
+        }
         self._bytes: dict[int, bytes] = {}
         self._require_plain_specials()
 
     @classmethod
     def from_folder(cls, model_dir: Path) -> Tokenizer:
-        """Read `tokenizer.json` (required) and what `tokenizer_config.json` says of special tokens, if present.
+        """Read `tokenizer.json`, else Meta's `tokenizer.model`, and what the folder says of special tokens.
 
         Raises CheckpointError when a file is absent, damaged or not a byte-level tokenizer.
         """
-        spec = read_json(model_dir / TOKENIZER_FILE)
-        if spec is None:
-            raise CheckpointError(TOKENIZER_FILE, "is not in the model folder")
         named = _named_specials(read_json(model_dir / SPECIAL_MAP_FILE) or {})
         named |= _named_specials(read_json(model_dir / CONFIG_FILE) or {})
-        try:
-            return cls(spec, named)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(TOKENIZER_FILE, f"has a field of the wrong kind ({error})") from error
+        spec = read_json(model_dir / TOKENIZER_FILE)
+        if spec is not None:
+            return cls(JsonVocabulary(spec, file=TOKENIZER_FILE), named, file=TOKENIZER_FILE)
+        if (model_dir / RANKS_FILE).exists():
+            return cls(RankVocabulary.from_file(model_dir / RANKS_FILE), named, file=RANKS_FILE)
+        raise CheckpointError(TOKENIZER_FILE, f"is not in the model folder, and neither is {RANKS_FILE}")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain `text` as a completion prompt: the file's post-processor applies (Llama 4: BOS first).
+        """Ids of plain `text` as a completion prompt: what the files say comes first is added (Llama 4: BOS).
 
         Raises InvalidInput("text") for text that is not Unicode, as does `encode_pieces`.
         """
@@ -82,39 +99,38 @@ class Tokenizer:
         """The bytes that `token_id` stands for; empty for special tokens and ids outside the vocabulary."""
         known = self._bytes.get(token_id)
         if known is None:
-            known = self._look_up_bytes(token_id)
-            if 0 <= token_id < self.vocab_size:
-                self._bytes[token_id] = known
+            if not 0 <= token_id < self.vocab_size:
+                return b""
+            is_hidden = token_id in self._vocabulary.hidden_ids
+            known = self._bytes[token_id] = b"" if is_hidden else self._vocabulary.token_bytes(token_id)
         return known
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of `token_ids`, special tokens by their names."""
+        shown = (self._hidden_texts.get(token_id, "").encode() or self.token_bytes(token_id) for token_id in token_ids)
+        return b"".join(shown).decode("utf-8", "replace")
+
+    def token_text(self, token_id: int) -> str:
+        """One token as vocabularies write it: a special token's name, or its bytes in GPT-2's alphabet."""
+        return self._hidden_texts.get(token_id) or to_chars(self.token_bytes(token_id))
 
     def detokenizer(self) -> Detokenizer:
         """A decoder for one output stream."""
         return Detokenizer(self)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            ids: list[int] = self._plain.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError) as error:
-            raise InvalidInput("text", text, "must be valid Unicode without lone surrogates") from error
-        return ids
-
-    def _look_up_bytes(self, token_id: int) -> bytes:
-        if not 0 <= token_id < self.vocab_size or token_id in self._hidden:
-            return b""
-        token = self._plain.id_to_token(token_id)
-        if token is None:
-            return b""
-        alphabet = _byte_of_char()
-        # An added token may hold characters outside the byte alphabet; then its text is meant literally.
-        if any(char not in alphabet for char in token):
-            return bytes(token.encode())
-        return bytes(alphabet[char] for char in token)
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidInput("text", text, "must be valid Unicode without lone surrogates") from error
+        return self._vocabulary.encode(text, add_special_tokens=add_special_tokens)
 
     def _require_plain_specials(self) -> None:
         control = frozenset(self.special_ids.values())
         for name in self.special_ids:
             if not control.isdisjoint(self.encode_pieces(name)):
-                raise CheckpointError(TOKENIZER_FILE, f"cannot spell special token {name!r} in ordinary tokens")
+                raise CheckpointError(self.file, f"cannot spell special token {name!r} in ordinary tokens")
 
 
 class Detokenizer:
@@ -152,48 +168,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _is_control(token: Mapping[str, Any]) -> bool:
-    return bool(token["special"]) or _LOOKS_SPECIAL.fullmatch(token["content"]) is not None
-
-
-def _plain_tokenizer(spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer of `spec` that takes no text for a control token.
-
-    Control tokens are switched off, not dropped: dropping them would renumber the added tokens behind them.
-    """
-    added = [{**token, "special": _is_control(token)} for token in spec.get("added_tokens") or ()]
-    plain_spec = {**spec, "added_tokens": added, "truncation": None, "padding": None}
-    try:
-        plain = tokenizers.Tokenizer.from_str(json.dumps(plain_spec))
-    # The library raises plain Exception for every kind of damage.
-    except Exception as error:
-        raise CheckpointError(TOKENIZER_FILE, f"is refused by the tokenizers library ({error})") from error
-    plain.encode_special_tokens = True
-    for token in added:
-        if plain.token_to_id(token["content"]) != token["id"]:
-            problem = f"added token {token['content']!r} cannot have id {token['id']}"
-            raise CheckpointError(TOKENIZER_FILE, problem)
-    return plain
-
-
-def _require_byte_level(spec: Mapping[str, Any]) -> None:
-    """Bytes of single tokens are known only when both directions go through the byte alphabet."""
-    splits = _kinds(spec.get("pre_tokenizer"), "pretokenizers")
-    joins = _kinds(spec.get("decoder"), "decoders")
-    if "ByteLevel" not in splits or "ByteLevel" not in joins or set(joins) - {"ByteLevel", "Fuse"}:
-        found = f"pre-tokenizer {' + '.join(splits) or 'none'}, decoder {' + '.join(joins) or 'none'}"
-        raise CheckpointError(TOKENIZER_FILE, f"must be byte-level, as Llama 4's tokenizer is (found {found})")
-
-
-def _kinds(part: Any, members: str) -> list[str]:
-    """Type names of a component, a Sequence flattened."""
-    if not isinstance(part, Mapping):
-        return []
-    if part.get("type") == "Sequence":
-        return [kind for member in part.get(members) or () for kind in _kinds(member, members)]
-    return [str(part.get("type"))]
-
-
 def _named_specials(config: Mapping[str, Any]) -> dict[str, str]:
     """`bos_token` and its kind; each is a text or a mapping with the text under `content`."""
     found = {}
@@ -203,13 +177,3 @@ def _named_specials(config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(text, str) and text:
             found[name] = text
     return found
-
-
-@lru_cache(maxsize=1)
-def _byte_of_char() -> Mapping[str, int]:
-    """GPT-2's byte alphabet: printable Latin-1 stands for itself, other bytes for characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet |= {chr(0x100 + index): byte for index, byte in enumerate(others)}
-    return MappingProxyType(alphabet)
