@@ -22,6 +22,8 @@ from experts.errors import CheckpointError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100 << 20
+WEIGHT_DTYPES = ("F64", "F32", "BF16", "F16")
+"""Numbers that mean what they say; others are codes that need scales, which nothing here reads."""
 _SAMPLE_BYTES = 4096
 
 
@@ -91,6 +93,10 @@ class Checkpoint:
         entry = self.entry(name)
         if entry.shape != shape:
             raise CheckpointError(f"{entry.file}: {name}", f"shape must be {list(shape)}, found {list(entry.shape)}")
+        if entry.dtype not in WEIGHT_DTYPES:
+            allowed = ", ".join(WEIGHT_DTYPES)
+            rule = f"dtype must be one of {allowed}, found {entry.dtype} (quantized weights are not supported)"
+            raise CheckpointError(f"{entry.file}: {name}", rule)
 
     def _read(self, name: str, index: int | None) -> torch.Tensor:
         entry = self.entry(name)

@@ -60,6 +60,7 @@ def _draw(logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     probability_SV = probability_SV.masked_fill((before_SV >= top_p) & (rank_V > 0), 0.0)
     cumulative_SV = probability_SV.cumsum(dim=-1)
     u = torch.tensor([[uniform(draw.sampling.seed, draw.position)] for draw in draws], dtype=torch.float64)
-    last_kept = (probability_SV > 0).sum(dim=-1, keepdim=True) - 1
+    # Where no token is possible (all banned, or no numbers) none is kept; such a row must not fail its neighbours.
+    last_kept = ((probability_SV > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     walk = torch.searchsorted(cumulative_SV, u * cumulative_SV[:, -1:], right=True)
     return order_SV.gather(-1, torch.minimum(walk, last_kept)).squeeze(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,3 +80,14 @@ def test_extreme_temperatures_and_infinite_logits_give_valid_ids() -> None:
     for temperature in (1e-6, 2.0):
         for token in sample(logits.clone(), [draw(temperature=temperature, seed=1)] * 2):
             assert token in (0, 1, 2)
+
+
+@pytest.mark.parametrize("hopeless", [float("-inf"), float("nan")])
+def test_a_row_without_a_possible_token_does_not_disturb_its_neighbours(hopeless: float) -> None:
+    good = torch.randn(2, 9, generator=torch.Generator().manual_seed(3))
+    logits = torch.stack([good[0], torch.full((9,), hopeless), good[1]])
+    draws = [draw(temperature=1.0, seed=seed, position=5) for seed in (1, 2, 3)]
+    alone = [sample(good[:1], draws[:1])[0], sample(good[1:], draws[2:])[0]]
+    first, between, last = sample(logits, draws)
+    assert [first, last] == alone
+    assert 0 <= between < 9
