@@ -65,14 +65,17 @@ class RouterPool:
         self._links: dict[str, Link] = {}
         self._changed = asyncio.Event()
         self._closed = False
+        self._draining = False
 
-    def connect(self, routers: Mapping[str, RouterInfo]) -> None:
+    def connect(self, routers: Mapping[str, RouterInfo], *, draining: bool = False) -> None:
         """Make `routers` the routers to choose from; those in another state than "ready" get no new requests.
 
         One whose address changed gets a new link. A link that is no longer named closes when its requests are over.
+        `draining`: no other routers will come, so that a request which finds none of these left ends.
         """
         with self._lock:
             self._view = dict(routers)
+            self._draining = draining
             if self._loop is not None and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._apply_view)
 
@@ -107,6 +110,9 @@ class RouterPool:
                     attempts.drop()
                     yield decision.then.finish
                     return
+                if isinstance(decision.then, Wait) and self._is_over():
+                    event = Stopped()
+                    continue
                 event = await attempts.carry_out(decision.then, changed)
         finally:
             attempts.drop()
@@ -142,6 +148,10 @@ class RouterPool:
     async def read(self, call: Call) -> ResumeEvent:
         """The next event of `call`."""
         return await call.read(self._silence_s)
+
+    def _is_over(self) -> bool:
+        """Whether waiting for a router is in vain."""
+        return self._closed or (self._draining and not self._links)
 
     def _candidates(self) -> list[Candidate]:
         return [

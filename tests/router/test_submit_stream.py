@@ -407,6 +407,25 @@ def test_closing_the_pool_ends_its_requests() -> None:
         run(scenario)
 
 
+def test_a_request_ends_when_the_last_router_of_a_draining_cluster_gives_it_up() -> None:
+    engine = ScriptedEngine(hold_at=HELD)
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=server.address))
+        stream = submit(pool)
+        assert await take(stream, HELD) == whole_answer()[:HELD]
+        tail = asyncio.create_task(drain(stream))
+        pool.connect(view(a=server.address), draining=True)
+        await asyncio.to_thread(engine.stop)
+        pool.connect({}, draining=True)
+        (ended,) = await tail
+        assert isinstance(ended, FinishEvent)
+        assert ended.code == "router_unavailable"
+
+    with served(engine) as server:
+        run(scenario)
+
+
 def test_many_streams_are_spread_and_whole_when_one_router_dies() -> None:
     dying, heir = ScriptedEngine(hold_at=HELD), ScriptedEngine(hold_at=HELD)
     prompts = {f"r{number}": [number, *PROMPT] for number in range(64)}
