@@ -8,6 +8,7 @@ from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig
 from experts.ffn import ExpertWeights
 from experts.placement import ExpertKey
+from experts.tensor_names import expected_tensors
 
 
 class ExpertStore:
@@ -16,6 +17,7 @@ class ExpertStore:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> None:
         self._checkpoint = checkpoint
         self._config = config
+        self._shapes = expected_tensors(config)
         self.dtype = dtype
 
     def load(self, layer: int, expert: int) -> ExpertWeights:
@@ -28,13 +30,15 @@ class ExpertStore:
         assert layer in config.moe_layers, layer
         assert 0 <= expert < config.num_experts, expert
         prefix = f"{config.tensor_prefix}model.layers.{layer}.feed_forward.experts."
-        num, hidden, size = config.num_experts, config.hidden_size, config.expert_size
-        gate_up_HF = self._checkpoint.row(prefix + "gate_up_proj", expert, (num, hidden, 2 * size))
-        down_FH = self._checkpoint.row(prefix + "down_proj", expert, (num, size, hidden))
+        gate_up_HF = self._row(prefix + "gate_up_proj", expert)
+        down_FH = self._row(prefix + "down_proj", expert)
         return ExpertWeights(
             gate_up_FH=gate_up_HF.to(self.dtype).t().contiguous(),
             down_HF=down_FH.to(self.dtype).t().contiguous(),
         )
+
+    def _row(self, name: str, index: int) -> torch.Tensor:
+        return self._checkpoint.row(name, index, self._shapes[name])
 
     def all_keys(self) -> list[ExpertKey]:
         """Every (layer, expert) of the model, in order."""
