@@ -47,3 +47,16 @@ def pixel_values(images: Sequence[ImageInput], rules: ImageRules) -> torch.Tenso
         torch.tensor(list(image.pixels)).view(image.num_tiles, 3, rules.tile_size, rules.tile_size) for image in images
     ]
     return (torch.cat(tiles).float() / 255 - 0.5) / 0.5
+
+
+def prompt_around(
+    images: Sequence[ImageInput], rules: ImageRules, num_text: int, generator: torch.Generator, first_special: int
+) -> list[int]:
+    """Random text with the images in it, tiles set apart by separators; ids from `first_special` on are special."""
+    text = torch.randint(0, first_special, (num_text,), generator=generator).tolist()
+    ids = text[: num_text // 2]
+    for image in images:
+        ids.append(first_special)
+        for _ in range(image.num_tiles):
+            ids += [*[rules.token_id] * rules.tokens_per_tile, first_special + 1]
+    return [*ids, *text[num_text // 2 :]]

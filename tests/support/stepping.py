@@ -106,22 +106,26 @@ def all_logits(
 ) -> torch.Tensor:
     """Logits [T, V] of one sequence computed in pieces of `counts` (the last one repeats); rows of positions that
     no piece ended at are NaN."""
-    rows = []
-    stepper = Stepper(decoder, [ids], block_size, [images], features)
-    [request] = stepper.requests
-    sizes = iter(counts)
-    size = next(sizes)
-    while request.num_computed < len(ids):
-        full = request.token_ids
-        before = request.num_computed
-        # Hide later tokens, so that the piece ends where its logits are sampled.
-        request.token_ids = full[: before + size]
-        output = stepper.step({0: size})
-        request.token_ids = full
-        if output.samples:
-            rows.append((request.num_computed - 1, output.logits_SV[0]))
-        size = next(sizes, size)
-    logits = torch.full((len(ids), decoder.config.vocab_size), float("nan"))
-    for position, row in rows:
-        logits[position] = row.float()
+    [logits] = packed_logits(Stepper(decoder, [ids], block_size, [images], features), [counts])
     return logits
+
+
+def packed_logits(stepper: Stepper, counts: Sequence[Iterable[int]]) -> list[torch.Tensor]:
+    """The same for all of a stepper's sequences packed together, each in pieces of its own counts."""
+    known = [request.token_ids for request in stepper.requests]
+    logits = [torch.full((len(ids), stepper.decoder.config.vocab_size), float("nan")) for ids in known]
+    sizes = [iter(row_counts) for row_counts in counts]
+    size = [next(row_sizes) for row_sizes in sizes]
+    while True:
+        left = [row for row, request in enumerate(stepper.requests) if request.num_computed < len(known[row])]
+        if not left:
+            return logits
+        for row in left:
+            # Later tokens are hidden, so that the piece ends where its logits are sampled.
+            stepper.requests[row].token_ids = known[row][: stepper.requests[row].num_computed + size[row]]
+        output = stepper.step({row: size[row] for row in left})
+        for row_logits, sample in zip(output.logits_SV, output.samples, strict=True):
+            logits[left[sample]][stepper.requests[left[sample]].num_computed - 1] = row_logits.float()
+        for row in left:
+            stepper.requests[row].token_ids = known[row]
+            size[row] = next(sizes[row], size[row])

@@ -1,0 +1,85 @@
+"""Vision towers and multimodal models of random configurations against live transformers, in float32."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from drawing import FIRST_SPECIAL, PATCH, text_fields, vision_fields
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from picturing import open_vision, pixel_values, prompt_around, random_image
+from reference import clear_run, random_multimodal, rewrite_config, save
+from stepping import Stepper, load_decoder, packed_logits
+from transformers import Llama4ForConditionalGeneration
+
+from router.engine.image_features import ImageFeatures
+from router.engine.images import ImageInput, ImageRules, place_images
+
+ATOL = 1e-4
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(
+    text=text_fields(),
+    vision=vision_fields(),
+    old_spelling=st.booleans(),
+    tiles=st.lists(st.lists(st.integers(1, 3), max_size=3), min_size=1, max_size=3),
+    seed=st.integers(0, 1 << 20),
+    data=st.data(),
+)
+def test_random_multimodal_configs(
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    old_spelling: bool,
+    tiles: list[list[int]],
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    """`tiles[row]` are the tiles of each image of a sequence; sequences with and without images go packed together."""
+    model = random_multimodal(text, vision, seed, image_token_index=PATCH)
+    with tempfile.TemporaryDirectory() as name:
+        folder = save(model, Path(name))
+        chunk = {"attention_chunk_size": text["attention_chunk_size"]}
+        rewrite_config(folder, chunk, old_spelling=old_spelling and not text.get("layer_types"))
+        decoder = load_decoder(folder)
+        _, tower, weights, rules = open_vision(folder)
+    images = [
+        [random_image(num_tiles, rules, 10 * row + number) for number, num_tiles in enumerate(row_tiles)]
+        for row, row_tiles in enumerate(tiles)
+    ]
+    features = ImageFeatures(weights, tower).of(image for row in images for image in row)
+    check_features(model, images, features, rules)
+    generator = torch.Generator().manual_seed(seed)
+    num_text = data.draw(st.integers(1, 12), label="num_text")
+    runs = [
+        clear_run(
+            model,
+            lambda row=row: prompt_around(row, rules, num_text, generator, FIRST_SPECIAL),
+            pixel_values(row, rules) if row else None,
+        )
+        for row in images
+    ]
+    placed = [place_images(ids, row, rules) for (ids, _), row in zip(runs, images, strict=True)]
+    counts = st.just([1]) | st.lists(st.integers(1, 17), min_size=1, max_size=8)
+    pieces = data.draw(st.lists(counts, min_size=len(tiles), max_size=len(tiles)), label="pieces")
+    stepper = Stepper(decoder, [ids for ids, _ in runs], data.draw(st.integers(1, 8)), placed, features)
+    for ours, (_, expected) in zip(packed_logits(stepper, pieces), runs, strict=True):
+        known = ~ours.isnan().any(-1)
+        assert known[-1]
+        torch.testing.assert_close(ours[known], expected[known], atol=ATOL, rtol=0)
+
+
+@torch.no_grad()
+def check_features(
+    model: Llama4ForConditionalGeneration,
+    images: list[list[ImageInput]],
+    features: dict[bytes, torch.Tensor],
+    rules: ImageRules,
+) -> None:
+    for image in (image for row in images for image in row):
+        adapted = model.vision_model(pixel_values([image], rules)).last_hidden_state
+        projected = model.multi_modal_projector(adapted).flatten(0, 1)
+        torch.testing.assert_close(features[image.digest], projected, atol=ATOL, rtol=0)
