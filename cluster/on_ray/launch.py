@@ -10,19 +10,21 @@ import dataclasses
 import logging
 import os
 import re
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from cluster.config import ServeSettings
+from cluster.console import Signals, Stopped, output_to
 from cluster.control.journal import JournalFile
 from cluster.controller_process import http_url, journal_path
 from cluster.on_ray.app import build_app
@@ -31,20 +33,19 @@ from cluster.on_ray.find import ControllerFinder
 from cluster.on_ray.own_ray import JoinedRay, OwnRay
 from cluster.progress import Progress
 from cluster.run_file import prepare_state_dir, run_file_path
-from experts.errors import ControllerUnreachable, HerdError
+from experts.errors import ControllerUnreachable, HerdError, InvalidInput
 from experts.grpc_control import ask_drain, ask_shutdown, fetch_status
 from experts.reports import ClusterStatus
 
 POLL_S = 0.2
 STUCK_S = 20.0
 """A problem that lasts so long while nothing moves ends a start."""
+HTTP_S = 15.0
 DRAIN_S = 30.0
 REPORTS_ARE_FRESH_S = 1.5
 END_S = 60.0
 LAST_WORDS_S = 5.0
 WATCH_S = 1.0
-TWICE_S = 1.0
-"""Wrappers and terminals may pass one Ctrl-C on twice; only one that comes later than this means "at once"."""
 FAILED, ABANDONED = 1, 130
 LOOPBACK = "127.0.0.1"
 
@@ -54,10 +55,6 @@ log = logging.getLogger(__name__)
 
 class StartFailed(HerdError):
     """The cluster did not come up."""
-
-
-class Stopped(Exception):
-    """Somebody asked for the end while something else was going on."""
 
 
 def launch(settings: ServeSettings, state_dir: Path) -> int:
@@ -103,6 +100,8 @@ class Launcher:
         """A thread hangs in Ray, which would keep the interpreter from ending or crash it on the way."""
         self._find = ControllerFinder(settings)
         self._own_serve = True
+        self._is_ours = True
+        """What has our name is ours to take down."""
 
     def run(self, signals: Signals) -> None:
         """Start, serve until asked to stop, end. Raises HerdError when the start fails or Ray goes away."""
@@ -131,26 +130,44 @@ class Launcher:
         os._exit(ABANDONED)
 
     def _start(self, signals: Signals) -> None:
+        self._check_name()
         ensure_controller(self._settings)
         signals.check()
-        self._deploy()
+        try:
+            self._deploy()
+        except (RayError, RayServeException) as error:
+            raise StartFailed(_reason(str(error))) from error
         signals.check()
         progress = Progress(self._out)
-        moved_at, last = time.monotonic(), (-1, "")
+        moved_at, last = time.monotonic(), ("", -1, -1)
         while not self._is_ready(status := self._status()):
-            phase = "waiting for routers" if status.replicas_held == status.replicas_wanted else "loading experts"
-            progress.show(phase, status.replicas_held, status.replicas_wanted)
-            if (status.replicas_held, phase) != last:
-                moved_at, last = time.monotonic(), (status.replicas_held, phase)
-            if status.problems and time.monotonic() - moved_at > STUCK_S:
-                raise StartFailed(status.problems[0])
+            if status is not None:
+                step = self._phase(status)
+                progress.show(*step)
+                moved_at, last = (moved_at, last) if step == last else (time.monotonic(), step)
+                if status.problems and time.monotonic() - moved_at > STUCK_S:
+                    raise StartFailed(status.problems[0])
             signals.check(POLL_S)
         progress.end()
+        self._check_http(signals)
+
+    def _phase(self, status: ClusterStatus) -> tuple[str, int, int]:
+        """What the start waits for now: its name, how much is there, how much shall be."""
+        if status.replicas_held < status.replicas_wanted:
+            return "loading experts", status.replicas_held, status.replicas_wanted
+        return "starting routers", _num_ready(status), self._settings.routers
+
+    def _check_name(self) -> None:
+        """A cluster of this name that runs here already would be replaced, hosts and all."""
+        name = self._settings.name
+        self._own_serve = not _serve_is_running()
+        if not self._own_serve and name in serve.status().applications:
+            self._is_ours = False
+            raise InvalidInput("name", name, "must not be that of an application that runs on this Ray already")
 
     def _deploy(self) -> None:
         """Hand the application to Serve, which goes on by itself."""
         settings = self._settings
-        self._own_serve = not _serve_is_running()
         serve.start(
             proxy_location="HeadOnly" if settings.ray_address is None else "EveryNode",
             http_options={"host": settings.host, "port": settings.port},
@@ -159,22 +176,33 @@ class Launcher:
         target = serve.RunTarget(build_app(settings), name=settings.name, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
-    def _is_ready(self, status: ClusterStatus) -> bool:
+    def _is_ready(self, status: ClusterStatus | None) -> bool:
         """Raises StartFailed when Serve has given up."""
-        routers = sum(router.state == "ready" for router in status.routers)
-        loaded = status.replicas_held == status.replicas_wanted
         app = serve.status().applications.get(self._settings.name)
         if app is not None and app.status == "DEPLOY_FAILED":
             raise StartFailed(_reason(app.message))
-        deployed = app is not None and app.status == "RUNNING"
-        return deployed and loaded and routers >= self._settings.routers and bool(status.ingresses)
+        if app is None or app.status != "RUNNING" or status is None:
+            return False
+        loaded = status.replicas_held == status.replicas_wanted
+        return loaded and _num_ready(status) >= self._settings.routers and bool(status.ingresses)
 
-    def _status(self) -> ClusterStatus:
-        """The controller's status; an empty one that is never ready while it is away."""
+    def _check_http(self, signals: Signals) -> None:
+        """See an answer at the URL that we are about to print."""
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        end = time.monotonic() + HTTP_S
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), direct.open(f"{http_url(self._settings)}/ready", timeout=5):
+                return
+            signals.check(POLL_S)
+        hint = "" if self._own_serve else "; Serve runs already on this Ray, perhaps on another port"
+        raise StartFailed(f"no answer at {http_url(self._settings)}{hint}")
+
+    def _status(self) -> ClusterStatus | None:
+        """The controller's status; None while it is away."""
         try:
             return fetch_status(self._find())
         except ControllerUnreachable:
-            return ClusterStatus(replicas_wanted=1)
+            return None
 
     def _drain(self) -> None:
         """Wait until no router has requests any more, at most `DRAIN_S`."""
@@ -211,7 +239,7 @@ class Launcher:
         self._remove_files()
 
     def _end_in_order(self) -> None:
-        if ray.is_initialized():
+        if ray.is_initialized() and self._is_ours:
             _attempt("deleting the application", lambda: serve.delete(self._settings.name))
             _attempt("ending the controller", self._end_controller)
             if self._own_serve:
@@ -237,80 +265,16 @@ class Launcher:
         print(f"herd: {text}", file=self._out, flush=True)
 
 
-class Signals:
-    """SIGINT and SIGTERM ask for an orderly end; a SIGINT after that means "at once"."""
-
-    def __init__(self, abandon: Callable[[], None]) -> None:
-        self.asked = threading.Event()
-        self._asked_at = 0.0
-        self._abandon = abandon
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.install()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def install(self) -> None:
-        """Take the signals (again: Ray takes SIGTERM when it starts)."""
-        for number in self._before:
-            signal.signal(number, self._handle)
-
-    def check(self, wait_s: float = 0.0) -> None:
-        """Raises Stopped when the end was asked for, now or within `wait_s`."""
-        if self.asked.wait(wait_s):
-            raise Stopped
-
-    def ending(self) -> None:
-        """The end has begun, whoever asked for it."""
-        if not self.asked.is_set():
-            self._asked_at = time.monotonic()
-            self.asked.set()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.asked.is_set():
-            self.ending()
-        elif number == signal.SIGINT and time.monotonic() - self._asked_at > TWICE_S:
-            self._abandon()
-
-
-@contextlib.contextmanager
-def output_to(path: Path) -> Iterator[tuple[TextIO, TextIO]]:
-    """Send all that Ray, its C++ parts and its children write to `path`; yields the real output and error streams.
-
-    Anything else would scatter lines about restarted workers over the terminal of somebody who never heard of them.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    real = [os.dup(number) for number in (1, 2)]
-    log_file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
-    for number in (1, 2):
-        os.dup2(log_file, number)
-    os.close(log_file)
-    try:
-        with contextlib.ExitStack() as stack:
-            streams = [stack.enter_context(open(os.dup(copy), "w", encoding="utf-8", buffering=1)) for copy in real]
-            yield streams[0], streams[1]
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, copy in zip((1, 2), real, strict=True):
-            os.dup2(copy, number)
-            os.close(copy)
-
-
 def _attempt(what: str, action: Callable[[], object]) -> None:
     """One step of the end: when it fails, the next ones are still due."""
     try:
         action()
     except Exception:
         log.exception("%s failed", what)
+
+
+def _num_ready(status: ClusterStatus) -> int:
+    return sum(router.state == "ready" for router in status.routers)
 
 
 def _serve_is_running() -> bool:

@@ -17,6 +17,8 @@ from cluster.processes import adopt_orphans, command, descendants, end_descendan
 from cluster.topology import OBJECT_STORE_BYTES
 from experts.errors import HerdError, InvalidInput
 
+PARENT = Path("/tmp")
+PREFIX = "herd-ray-"
 VITAL_PROGRAMS = ("gcs_server", "raylet")
 LAST_WORDS_S = 5.0
 
@@ -29,8 +31,9 @@ class OwnRay:
     """A Ray of one machine that lives as long as this process: its parts end with it, however it ends."""
 
     def __init__(self) -> None:
+        _remove_leftovers()
         # Short, because the paths of Unix sockets below it may have 107 characters.
-        self.folder = Path(tempfile.mkdtemp(prefix="herd-ray-", dir="/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=PARENT))
         self._vital: list[int] = []
 
     def start(self) -> None:
@@ -48,7 +51,8 @@ class OwnRay:
                 object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _temp_dir=str(self.folder),
+                # Ray opens its folder to everybody; the one around it stays closed.
+                _temp_dir=str(self.folder / "r"),
             )
         except (RuntimeError, ConnectionError, OSError, ValueError) as error:
             raise RayFailed(f"Ray did not start: {_first_line(error)}") from error
@@ -93,6 +97,14 @@ class JoinedRay:
 
     def abandon(self) -> None:
         """Nothing of it ends with us: actors and application go on until somebody ends them."""
+
+
+def _remove_leftovers() -> None:
+    """Folders of processes that were killed, and could not tidy up."""
+    for folder in PARENT.glob(f"{PREFIX}*-*"):
+        owner = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and not is_alive(int(owner)) and folder.stat().st_uid == os.getuid():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _first_line(error: BaseException) -> str:
