@@ -17,8 +17,10 @@ from experts.config import ModelConfig, load_config
 from experts.placement import ExpertKey
 from experts.weights import ExpertStore
 from experts.wire.codec import LinkTerms
-from router.checkpoint import load_trunk
+from router.checkpoint import load_trunk, load_vision
 from router.engine.engine import Engine
+from router.engine.image_features import ImageFeatures
+from router.engine.images import ImageRules
 from router.engine.kv_cache import KVCache, KVLayout, plan_layout
 from router.engine.runner import ModelRunner, bytes_per_block
 from router.engine.scheduler import Scheduler, SchedulerConfig
@@ -56,14 +58,15 @@ def open_model(model_dir: Path, dtype: str = "auto") -> Model:
         config=config,
         checkpoint=Checkpoint(model_dir),
         dtype=getattr(torch, config.dtype if dtype == "auto" else dtype),
-        eos_ids=default_stop_ids(model_dir, config.eos_token_ids),
+        # Ids outside of the vocabulary, as configs of cut-down models have them, never come.
+        eos_ids=default_stop_ids(model_dir, config.eos_token_ids).intersection(range(config.vocab_size)),
     )
 
 
 def build_engine(
     model: Model, settings: ServeSettings, experts: RoutedExperts, available: Callable[[frozenset[ExpertKey]], bool]
 ) -> Engine:
-    """Load the trunk and put an engine around it, not started. Raises CheckpointError and InvalidInput."""
+    """Load trunk and vision tower and put an engine around them, not started. Raises CheckpointError, InvalidInput."""
     layout = plan_kv(model, settings)
     capacity = layout.capacity_tokens(model.config.max_position)
     scheduler = Scheduler(
@@ -79,8 +82,35 @@ def build_engine(
     )
     device = torch.device(settings.device)
     trunk = load_trunk(model.checkpoint, model.config, model.dtype, device)
-    runner = ModelRunner(Decoder(model.config, trunk, experts), layout, eos_ids=sorted(model.eos_ids))
-    return Engine(scheduler=scheduler, runner=runner, vocab_size=model.config.vocab_size, available=available)
+    runner = ModelRunner(
+        Decoder(model.config, trunk, experts),
+        layout,
+        eos_ids=sorted(model.eos_ids),
+        images=_image_features(model, device),
+    )
+    return Engine(
+        scheduler=scheduler,
+        runner=runner,
+        vocab_size=model.config.vocab_size,
+        available=available,
+        image_rules=_image_rules(model.config),
+    )
+
+
+def _image_features(model: Model, device: torch.device) -> ImageFeatures | None:
+    if model.config.vision is None:
+        return None
+    return ImageFeatures(load_vision(model.checkpoint, model.config, model.dtype, device), model.config.vision)
+
+
+def _image_rules(config: ModelConfig) -> ImageRules | None:
+    if config.vision is None:
+        return None
+    return ImageRules(
+        token_id=config.image_token_id,
+        tokens_per_tile=config.vision.tokens_per_tile,
+        tile_size=config.vision.tile_size,
+    )
 
 
 def plan_kv(model: Model, settings: ServeSettings) -> KVLayout:
