@@ -23,6 +23,7 @@ from router.engine.scheduler import Scheduler, Step
 log = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS_IN_A_ROW = 5
+NO_TOKEN = ("model_error", "the model's output for this request allows no next token")
 FIRST_RETRY_S, LAST_RETRY_S = 0.02, 1.0
 IDLE_WAIT_S = 0.5
 
@@ -197,7 +198,8 @@ class Engine:
         if outcome is None:
             return True
         with self._changed:
-            events = self._scheduler.update(step, outcome.sampled, outcome.lost, self._clock())
+            events = [event for name in outcome.failed for event in self._scheduler.fail(name, *NO_TOKEN)]
+            events += self._scheduler.update(step, outcome.sampled, outcome.lost, self._clock())
         self._count(step, outcome)
         self._emit(events)
         return True

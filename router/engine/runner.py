@@ -22,10 +22,11 @@ from router.model.decoder import Decoder, PackedBatch, StepOutput, run
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
     """`sampled`: request id → next token. `lost`: request id → the experts that were away; nothing of that piece
-    was computed."""
+    was computed. `failed`: requests whose logits allow no token at all (they overflowed, say)."""
 
     sampled: Mapping[str, int]
     lost: Mapping[str, frozenset[ExpertKey]]
+    failed: frozenset[str] = frozenset()
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -69,12 +70,16 @@ class ModelRunner:
         shares = [share for share in shares if share]
         features = self._features(step)
         outputs = run(*(self._decoder.forward(self._pack(share, features), self._store) for share in shares))
-        sampled: dict[str, int] = {}
+        sampled: dict[str, int | None] = {}
         lost: dict[str, frozenset[ExpertKey]] = {}
         for share, output in zip(shares, outputs, strict=True):
             sampled |= self._sample(share, output)
             lost |= {share[index].request.request_id: missing for index, missing in output.lost.items()}
-        return StepOutcome(sampled=sampled, lost=lost)
+        return StepOutcome(
+            sampled={name: token for name, token in sampled.items() if token is not None},
+            lost=lost,
+            failed=frozenset(name for name, token in sampled.items() if token is None),
+        )
 
     def _features(self, step: Step) -> Mapping[bytes, torch.Tensor]:
         images = images_of(step.pieces)
@@ -92,7 +97,7 @@ class ModelRunner:
             features=features,
         )
 
-    def _sample(self, pieces: Sequence[Piece], output: StepOutput) -> dict[str, int]:
+    def _sample(self, pieces: Sequence[Piece], output: StepOutput) -> dict[str, int | None]:
         if not output.samples:
             return {}
         requests = [pieces[index].request for index in output.samples]

@@ -23,18 +23,21 @@ class Draw:
     banned: tuple[int, ...] = ()
 
 
-def sample(logits_SV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    """One token id per row. Temperature 0 takes the largest logit; ties go to the smallest id."""
+def sample(logits_SV: torch.Tensor, draws: Sequence[Draw]) -> list[int | None]:
+    """One token id per row, None where no token can be chosen: all are banned, or the logits are no numbers.
+
+    Temperature 0 takes the largest logit; ties go to the smallest id.
+    """
     logits_SV = logits_SV.float().cpu()
     for row, draw in enumerate(draws):
         if draw.banned:
             logits_SV[row, list(draw.banned)] = float("-inf")
-    chosen = logits_SV.argmax(dim=-1)
+    largest, chosen = logits_SV.max(dim=-1)
     hot = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if hot:
         chosen[hot] = _draw(logits_SV[hot], [draws[row] for row in hot])
-    tokens: list[int] = chosen.tolist()
-    return tokens
+    possible = torch.isfinite(largest).tolist()
+    return [token if fine else None for token, fine in zip(chosen.tolist(), possible, strict=True)]
 
 
 def uniform(seed: int, position: int) -> float:

@@ -30,19 +30,22 @@ class Counting:
         self.gate = threading.Event()
         self.gate.set()
         self.fails = False
+        self.speechless = -1
 
     def run(self, step: Step) -> StepOutcome:
         self.entered.release()
         assert self.gate.wait(timeout=30)
         if self.fails:
             raise RuntimeError("a bug")
-        sampled, lost = {}, {}
+        sampled, lost, failed = {}, {}, set()
         for piece in step.pieces:
             if self.away.is_set() and max(piece.request.token_ids) >= 50:
                 lost[piece.request.request_id] = frozenset({(0, 0)})
+            elif piece.request.token_ids[0] == self.speechless:
+                failed.add(piece.request.request_id)
             elif piece.samples:
                 sampled[piece.request.request_id] = piece.request.token_ids[-1] + 1
-        return StepOutcome(sampled=sampled, lost=lost)
+        return StepOutcome(sampled=sampled, lost=lost, failed=frozenset(failed))
 
     def available(self, missing: frozenset[ExpertKey]) -> bool:
         return not self.away.is_set()
@@ -179,6 +182,13 @@ def test_a_bug_in_a_step_ends_its_requests_only(engine: Engine, runner: Counting
     assert (tokens, finish.reason, finish.code) == ([], FinishReason.ERROR, "internal_error")
     runner.fails = False
     assert len(ask(engine, "b", [1]).rest()[0]) == 5
+
+
+def test_a_request_without_a_possible_token_ends_alone(engine: Engine, runner: Counting) -> None:
+    runner.speechless = 7
+    clients = [ask(engine, str(first), [first], max_tokens=20) for first in (6, 7, 8)]
+    assert [len(client.rest()[0]) for client in (clients[0], clients[2])] == [20, 20]
+    assert clients[1].rest()[1].code == "model_error"
 
 
 def test_too_many_bugs_end_the_engine(engine: Engine, runner: Counting) -> None:
