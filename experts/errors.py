@@ -24,6 +24,17 @@ from collections.abc import Iterable
 class HerdError(Exception):
     """Base of every error that Herd raises on purpose."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # An actor's error reaches its caller as a copy, and Python would copy by calling the class with `args`: the
+        # finished message, which is not what the constructors below take.
+        return _copied, (type(self), self.args, self.__dict__)
+
+
+def _copied(kind: type[HerdError], args: tuple[object, ...], fields: dict[str, object]) -> HerdError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
+
 
 class InvalidInput(HerdError, ValueError):
     """A user's mistake.
