@@ -47,6 +47,7 @@ def _parser(version: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"herd {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(commands.add_parser("serve", help="serve a model folder over HTTP"))
+    _add_check(commands.add_parser("check", help="say whether a model folder can be served; reads no weights"))
     _add_status(commands.add_parser("status", help="show the processes of a running cluster"))
     _add_make_tiny(commands.add_parser("make-tiny", help="write a tiny checkpoint with random weights"))
     _add_demo(commands.add_parser("demo", help="serve a tiny checkpoint, ask it, kill a host, ask again"))
@@ -84,6 +85,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--router-ports", metavar="A-B", help="ports that routers listen on for ingresses (any)")
     add("--control-port", metavar="PORT", help="port that the controller listens on (any)")
     add("--metrics-ports", metavar="A-B", help="ports of the processes' /metrics pages (any)")
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_check)
+    parser.add_argument("model_dir", metavar="MODEL_DIR", type=Path, help="folder to look at")
+    parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _add_status(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +151,16 @@ def _serve(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise HerdError(f"serving needs the package {error.name}, which is not installed") from None
     return launch(settings, state_dirs(os.environ)[0])
+
+
+def _check(options: argparse.Namespace) -> int:
+    from cluster.check import check_folder
+    from cluster.check_report import as_json, as_text
+
+    report = check_folder(options.model_dir)
+    name = options.model_dir.resolve().name
+    print(json.dumps(as_json(report, name), indent=2) if options.json else as_text(report, name))
+    return 0 if report.is_fit else FAILED
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import socket
 
+from cluster.check import check_folder
+from cluster.check_report import require_fit
 from cluster.config import ServeSettings
 from cluster.controller_process import plan_target
 from cluster.local import open_model, plan_kv
 from experts.errors import CheckpointError, InvalidInput
-from router.prompt.chat import ChatTemplate
-from router.prompt.tokenizer import Tokenizer
 
 
 def check_model(settings: ServeSettings) -> None:
-    """Open the folder as routers, hosts and ingresses will. Raises CheckpointError and InvalidInput."""
-    if not settings.model_dir.is_dir():
-        raise InvalidInput("MODEL_DIR", str(settings.model_dir), "must be an existing folder")
+    """What `herd check` says of the folder, then what the settings ask of it. Raises CheckpointError, InvalidInput."""
+    require_fit(check_folder(settings.model_dir), settings.model_dir)
     try:
         model = open_model(settings.model_dir, settings.dtype)
-        ChatTemplate.from_folder(settings.model_dir, Tokenizer.from_folder(settings.model_dir))
     except OSError as error:
         raise CheckpointError(str(settings.model_dir), f"cannot be read: {error.strerror}") from None
     plan_kv(model, settings)
