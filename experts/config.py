@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experts.errors import CheckpointError, InvalidInput
-from experts.fields import Fields, is_int
+from experts.fields import MAX_LAYERS, Fields, is_int
 from experts.rope_config import RopeScaling, parse_rope
 from experts.vision_config import VisionConfig, parse_vision
 
@@ -116,7 +116,7 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig | None:
 
 
 def _build(fields: Fields, top: Fields, prefix: str, vision: VisionConfig | None) -> ModelConfig:
-    num_layers = fields.integer("num_hidden_layers", 48)
+    num_layers = fields.integer("num_hidden_layers", 48, high=MAX_LAYERS)
     num_heads = fields.integer("num_attention_heads", 40)
     num_kv_heads = fields.integer("num_key_value_heads", 8, null=num_heads)
     hidden_size = fields.integer("hidden_size", 5120)

@@ -7,6 +7,10 @@ from typing import Any
 
 from experts.errors import InvalidInput
 
+MAX_INTEGER = 2**63 - 1
+MAX_LAYERS = 10_000
+"""Far above any model; lists as long as this are made before a file of weights is looked at."""
+
 
 class Fields:
     """The fields of `raw`; a value of the wrong type is an InvalidInput with the field's full name, `where` first."""
@@ -22,12 +26,16 @@ class Fields:
         """For the caller to raise: the field's value breaks `rule`."""
         return InvalidInput(self._where + name, self.raw.get(name), rule)
 
-    def integer(self, name: str, default: int, *, low: int = 1, null: int | None = None) -> int:
+    def integer(
+        self, name: str, default: int, *, low: int = 1, high: int = MAX_INTEGER, null: int | None = None
+    ) -> int:
         value = self.raw.get(name, default)
         if value is None and null is not None:
             return null
         if not is_int(value) or value < low:
             raise InvalidInput(self._where + name, value, f"must be an integer ≥ {low}")
+        if value > high:
+            raise InvalidInput(self._where + name, value, f"must be at most {high}")
         return int(value)
 
     def optional_integer(self, name: str, default: int) -> int | None:

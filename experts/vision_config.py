@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from experts.fields import Fields
+from experts.fields import MAX_LAYERS, Fields
 from experts.rope_config import parse_rope
 
 NUM_CHANNELS = 3
@@ -59,7 +59,7 @@ def parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
         patch_size=fields.integer("patch_size", 14),
         shuffle=_shuffle(fields),
         hidden_size=fields.integer("hidden_size", 768),
-        num_layers=fields.integer("num_hidden_layers", 34),
+        num_layers=fields.integer("num_hidden_layers", 34, high=MAX_LAYERS),
         num_heads=fields.integer("num_attention_heads", 16),
         mlp_size=fields.integer("intermediate_size", 5632),
         adapter_size=fields.integer("projector_output_dim", 4096),

@@ -340,6 +340,7 @@ MODEL: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "config-not-json": (in_bytes("config.json", lambda raw: raw[:-3]), "config.json", "expected JSON"),
     "config-nan": (text_config(rms_norm_eps=float("nan")), "config.json", "NaN"),
     "config-other-model": (whole_config(model_type="llama"), "config.json", "model_type"),
+    "config-endless": (text_config(num_hidden_layers=10**12), "config.json", "must be at most"),
     "config-activation": (text_config(hidden_act="gelu"), "config.json", "hidden_act"),
     "config-bias": (text_config(attention_bias=True), "config.json", "attention_bias"),
     "config-rope-kind": (text_config(rope_parameters={"rope_type": "yarn"}), "config.json", "rope_type"),
