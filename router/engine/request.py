@@ -102,5 +102,9 @@ class Request:
         return len(self.token_ids)
 
     @property
+    def image_bytes(self) -> int:
+        return sum(len(placed.image.pixels) for placed in self.images)
+
+    @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.num_prompt

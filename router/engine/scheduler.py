@@ -40,7 +40,8 @@ class SchedulerConfig:
     `max_batch_tokens` limits one step. `max_running` limits admission: requests that come back from parking
     may exceed it for a while. No more than `max_running + max_waiting` requests are accepted at one time.
     `max_waiting_tokens` limits the known tokens of waiting requests, but one request may always wait.
-    `max_model_len` limits prompt + output.
+    `max_image_bytes` limits the pixels of all requests that are here, which stay until their requests end; again one
+    request may have more. `max_model_len` limits prompt + output.
     """
 
     max_batch_tokens: int
@@ -48,6 +49,7 @@ class SchedulerConfig:
     max_waiting: int
     max_waiting_tokens: int
     max_model_len: int
+    max_image_bytes: int = 2 << 30
     eos_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
@@ -168,6 +170,9 @@ class Scheduler:
         queued = sum(waiting.num_known for waiting in self._in_phase(Phase.WAITING))
         if queued and queued + request.num_known > self.config.max_waiting_tokens:
             raise Overloaded(f"{queued} tokens are waiting", self.retry_after_s())
+        held = sum(other.image_bytes for other in self._live.values()) if request.images else 0
+        if held and held + request.image_bytes > self.config.max_image_bytes:
+            raise Overloaded(f"{held} bytes of images are in progress or waiting", self.retry_after_s())
 
     # A step begins
 

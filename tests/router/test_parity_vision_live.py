@@ -6,13 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from drawing import FIRST_SPECIAL, PATCH, text_fields, vision_fields
+from drawing import FIRST_SPECIAL, PATCH, VOCAB, text_fields, vision_fields
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from picturing import open_vision, pixel_values, prompt_around, random_image
-from reference import clear_run, random_multimodal, rewrite_config, save
-from stepping import Stepper, load_decoder, packed_logits
+from reference import clear_run, random_multimodal, reference_run, rewrite_config, save
+from stepping import Stepper, all_logits, load_decoder, packed_logits
 from transformers import Llama4ForConditionalGeneration
 
 from router.engine.image_features import ImageFeatures
@@ -72,7 +73,6 @@ def test_random_multimodal_configs(
         torch.testing.assert_close(ours[known], expected[known], atol=ATOL, rtol=0)
 
 
-@torch.no_grad()
 def check_features(
     model: Llama4ForConditionalGeneration,
     images: list[list[ImageInput]],
@@ -80,6 +80,46 @@ def check_features(
     rules: ImageRules,
 ) -> None:
     for image in (image for row in images for image in row):
-        adapted = model.vision_model(pixel_values([image], rules)).last_hidden_state
-        projected = model.multi_modal_projector(adapted).flatten(0, 1)
-        torch.testing.assert_close(features[image.digest], projected, atol=ATOL, rtol=0)
+        expected = project(model, pixel_values([image], rules))
+        torch.testing.assert_close(features[image.digest], expected, atol=ATOL, rtol=0)
+
+
+@torch.no_grad()
+def project(model: Llama4ForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
+    """What transformers puts in place of patch tokens."""
+    adapted = model.vision_model(pixels).last_hidden_state
+    projected: torch.Tensor = model.multi_modal_projector(adapted)
+    return projected.flatten(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_as_close_as_the_reference(dtype: torch.dtype, tmp_path: Path) -> None:
+    text = {
+        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24, "intermediate_size_mlp": 24,
+        "num_local_experts": 4, "attention_chunk_size": 16, "floor_scale": 8, "bos_token_id": 0, "eos_token_id": 1,
+        "pad_token_id": None,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128,
+        "image_size": 32, "patch_size": 4, "projector_input_dim": 48, "projector_output_dim": 48,
+        "vision_output_dim": 48,
+    }  # fmt: skip
+    exact = random_multimodal(text, vision, seed=1, image_token_index=PATCH)
+    folder = save(exact, tmp_path)
+    half = Llama4ForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    _, tower, weights, rules = open_vision(folder, dtype)
+    image = random_image(2, rules, seed=1)
+    ids = prompt_around([image], rules, 30, torch.Generator().manual_seed(2), FIRST_SPECIAL)
+    pixels = pixel_values([image], rules)
+    features = ImageFeatures(weights, tower).of([image])
+    truth, theirs = (project(model, pixels.to(model.dtype)).float() for model in (exact, half))
+    as_close(features[image.digest].float(), theirs, truth)
+    decoder = load_decoder(folder, dtype)
+    ours = all_logits(decoder, ids, [1], images=place_images(ids, [image], rules), features=features)
+    truth, theirs = (reference_run(model, ids, pixels.to(model.dtype))[0].float() for model in (exact, half))
+    as_close(ours, theirs, truth)
+
+
+def as_close(ours: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor) -> None:
+    assert 0 < (ours - truth).abs().median() <= 1.5 * (theirs - truth).abs().median()

@@ -12,9 +12,12 @@ from drawing import PATCH, SMALLEST_VISION, VOCAB
 from picturing import open_vision, random_image
 from reference import random_multimodal, save
 
-from experts.errors import InvalidInput
+from experts.errors import InvalidInput, Overloaded
 from router.engine.image_features import MAX_TILES_AT_ONCE, ImageFeatures
 from router.engine.images import ImageInput, ImageRules, place_images
+from router.engine.kv_cache import KVCache, KVLayout
+from router.engine.request import Request, SamplingParams
+from router.engine.scheduler import Scheduler, SchedulerConfig
 
 RULES = ImageRules(token_id=9, tokens_per_tile=2, tile_size=4)
 NUM_BYTES = 3 * 4 * 4
@@ -63,6 +66,35 @@ def test_images_that_do_not_fit_are_refused(
     with pytest.raises(InvalidInput) as error:
         place_images(prompt, images, rules)
     assert error.value.field == field
+
+
+def request(name: str, images: list[ImageInput]) -> Request:
+    prompt = [1, *[9, 9] * len(images)]
+    return Request(
+        request_id=name, token_ids=prompt, num_prompt=len(prompt), sampling=SamplingParams(max_tokens=5), deadline=9.0,
+        arrival=0.0, images=place_images(prompt, images, RULES),
+    )  # fmt: skip
+
+
+def test_pixels_that_wait_are_bounded() -> None:
+    """One request may have any number; text is not concerned; what has ended gives its room back."""
+    layout = KVLayout(
+        block_size=4, num_global_blocks=16, num_local_blocks=0, chunk_size=None, has_global=True, has_local=False
+    )
+    bounds = SchedulerConfig(
+        max_batch_tokens=8, max_running=9, max_waiting=9, max_waiting_tokens=99, max_model_len=64,
+        max_image_bytes=2 * NUM_BYTES,
+    )  # fmt: skip
+    scheduler = Scheduler(KVCache(layout), bounds)
+    scheduler.submit(request("large", [image(1)] * 3), 0.0)
+    with pytest.raises(Overloaded, match="bytes of images"):
+        scheduler.submit(request("small", [image(1)]), 0.0)
+    scheduler.submit(request("text", []), 0.0)
+    scheduler.cancel("large")
+    scheduler.submit(request("small", [image(1)]), 0.0)
+    scheduler.submit(request("another", [image(1)]), 0.0)
+    with pytest.raises(Overloaded):
+        scheduler.submit(request("one more", [image(1)]), 0.0)
 
 
 class Encoder(ImageFeatures):
