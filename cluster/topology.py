@@ -11,7 +11,7 @@ from cluster.config import ServeSettings
 OBJECT_STORE_BYTES = 100 * 1000 * 1000
 """Ray's own default is 30 % of the machine; nothing of ours travels through its object store."""
 
-SLACK_REQUESTS = 64
+SLACK_REQUESTS = 1024
 """Room at an ingress for what is no generation (health, models) or is about to be refused."""
 
 
