@@ -1,6 +1,7 @@
-"""Chat messages to token ids through the checkpoint's own template. Knows nothing of HTTP, images or the engine.
+"""Chat messages to token ids through the checkpoint's own template. Knows nothing of HTTP, pixels or the engine.
 
-Only the template writes special tokens; in all that users send, their names are plain text.
+Only the template writes special tokens; in all that users send, their names are plain text. Where it writes the
+placeholder of an image, the caller's ids for that image go.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import jinja2
 
 from experts.errors import CheckpointError, InvalidInput
+from router.prompt.images.tokens import PLACEHOLDER
 from router.prompt.jinja_sandbox import CompiledTemplate
 from router.prompt.literals import Literals, SpecialTexts
 from router.prompt.tokenizer import CONFIG_FILE, Tokenizer, read_json
@@ -42,10 +44,13 @@ LLAMA4_TEMPLATE = """\
         {{- message.content | trim if loop.first and role == 'system' else message.content }}
     {%- else %}
         {%- for part in message.content or [] %}
-            {%- if part.type != 'text' %}
-                {{- raise_exception('content parts must be of type text') }}
+            {%- if part.type == 'image' %}
+                {{- '<|image|>' }}
+            {%- elif part.type == 'text' %}
+                {{- part.text }}
+            {%- else %}
+                {{- raise_exception('content parts must be of type text or image') }}
             {%- endif %}
-            {{- part.text }}
         {%- endfor %}
     {%- endif %}
     {{- '<|eot|>' }}
@@ -54,7 +59,7 @@ LLAMA4_TEMPLATE = """\
     {{- '<|header_start|>assistant<|header_end|>\\n\\n' }}
 {%- endif %}
 """
-"""Llama 4's message format for text, for checkpoints that bring no template."""
+"""Llama 4's message format for text and images, for checkpoints that bring no template."""
 
 
 class ChatTemplate:
@@ -103,12 +108,15 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         kwargs: Mapping[str, Any] | None = None,
+        images: Sequence[Sequence[int]] = (),
     ) -> list[int]:
         """Token ids of the conversation, BOS included if the template writes it.
 
-        `messages` hold JSON values; members that are None count as absent. `kwargs` are more variables for the
-        template. Raises InvalidInput: "chat_template_kwargs" for names and sizes that are not allowed, "messages"
-        for anything the template refuses or cannot render.
+        `messages` hold JSON values; members that are None count as absent. An image in them is a content part
+        {"type": "image"}; the template writes a placeholder for it, and `images` are the ids that take the places
+        of the placeholders, in order. `kwargs` are more variables for the template. Raises InvalidInput:
+        "chat_template_kwargs" for names and sizes that are not allowed, "messages" for anything the template refuses
+        or cannot render, and when it writes more or fewer placeholders than there are images.
         """
         extra = self._checked_kwargs(kwargs or {})
         conversation = _checked_messages(messages)
@@ -122,7 +130,7 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
-        return self._encode(self._text(variables, literals, conversation), literals)
+        return self._encode(self._text(variables, literals, conversation), literals, images)
 
     def _text(self, variables: Mapping[str, Any], literals: Literals, messages: list[dict[str, Any]]) -> str:
         roles = [message.get("role") for message in messages]
@@ -136,13 +144,20 @@ class ChatTemplate:
             rule = "the chat template cannot render them"
             raise InvalidInput("messages", roles, rule) from error
 
-    def _encode(self, text: str, literals: Literals) -> list[int]:
-        ids = []
+    def _encode(self, text: str, literals: Literals, images: Sequence[Sequence[int]]) -> list[int]:
+        ids: list[int] = []
+        num_placed = 0
         for before, special in self._specials.split(text):
             if before:
                 ids += self._encode_plain(literals.restore(before))
-            if special:
-                ids.append(self._tokenizer.special_ids[special])
+            if special != PLACEHOLDER:
+                ids += [self._tokenizer.special_ids[special]] if special else []
+                continue
+            ids += images[num_placed] if num_placed < len(images) else ()
+            num_placed += 1
+        if num_placed != len(images):
+            rule = f"the chat template has places for {num_placed} images in them"
+            raise InvalidInput("messages", f"{len(images)} images", rule)
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:

@@ -373,10 +373,61 @@ def test_kwargs_beyond_the_bounds_are_refused(built_in: ChatTemplate, kwargs: di
         (user(nested(50_000)), "nest at most 32 deep"),
         (user([0] * 250_000), "at most 250000 values"),
         (user("\ud83d"), "valid Unicode"),
-        (user([{"type": "image_url"}]), "content parts must be of type text"),
+        (user([{"type": "image_url"}]), "content parts must be of type text or image"),
+        (user([{"type": "image"}]), "has places for 1 images in them"),
         ([{"role": "assistant", "tool_calls": [{}]}], "tool calls need a chat template of the checkpoint"),
     ],
 )
 def test_messages_that_cannot_be_rendered_are_refused(built_in: ChatTemplate, messages: Any, rule: str) -> None:
     with pytest.raises(InvalidInput, match=f"^messages: .*{rule}"):
         built_in.render(messages)
+
+
+@pytest.mark.parametrize("source", [LLAMA4_TEMPLATE, processing_llama4.chat_template], ids=["built-in", "llama4"])
+@settings(deadline=None, max_examples=60)
+@given(
+    contents=st.lists(TEXT | st.lists(st.none() | TEXT, min_size=1, max_size=4), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_images_stand_where_transformers_writes_their_placeholder(
+    tokenizer: Tokenizer, reference: PreTrainedTokenizerFast, source: str, contents: list[Any], data: st.DataObject
+) -> None:
+    """None is an image, in whatever message it stands."""
+    messages = [
+        {
+            "role": data.draw(st.sampled_from(["user", "assistant"])),
+            "content": content if isinstance(content, str) else [part(text) for text in content],
+        }
+        for content in contents
+    ]
+    num_images = sum(content.count(None) for content in contents if isinstance(content, list))
+    images = [[10_000 + i, 20_000 + i] for i in range(num_images)]
+    expected, left = [], iter(images)
+    for token in reference.apply_chat_template(messages, chat_template=source, return_dict=False):
+        expected += next(left) if token == tokenizer.special_ids["<|image|>"] else [token]
+    rendered = ChatTemplate(source, tokenizer).render(messages, add_generation_prompt=False, images=images)
+    assert rendered == expected
+
+
+def part(text: str | None) -> dict[str, str]:
+    return {"type": "image"} if text is None else {"type": "text", "text": text}
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+def test_every_image_needs_its_place(built_in: ChatTemplate, num_images: int) -> None:
+    message = user([part("one"), part(None), part("two"), part(None)])
+    with pytest.raises(InvalidInput, match=rf"^messages: .* has places for 2 images in them .*{num_images} images"):
+        built_in.render(message, images=[[5]] * num_images)
+    deaf = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"
+    with pytest.raises(InvalidInput, match=r"^messages: .* has places for 0 images"):
+        ChatTemplate(deaf, built_in._tokenizer).render(message, images=[[5], [6]])
+
+
+def test_the_name_of_the_placeholder_in_text_is_text(built_in: ChatTemplate, tokenizer: Tokenizer) -> None:
+    special = tokenizer.special_ids["<|image|>"]
+    ids = built_in.render(user("<|image|>"))
+    assert special not in ids
+    parts = [part("<|image|>"), part(None), part("<|ima"), part("ge|>")]
+    assert built_in.render(user(parts), images=[[7777, 7777]]).count(7777) == 2
+    with pytest.raises(InvalidInput):
+        built_in.render(user("<|image|>"), images=[[5]])
