@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from cluster.config import ServeSettings
@@ -20,9 +20,11 @@ from experts.reports import MemberKind, MemberReport
 from router.api.backend import EventStream
 from router.api.defaults import ServingDefaults
 from router.api.http import HttpOptions, build_app
+from router.engine.images import ImageInput
 from router.engine.request import SamplingParams
 from router.grpc_client import RouterPool
 from router.prompt.chat import ChatTemplate
+from router.prompt.images.vision import Vision
 from router.prompt.stop_ids import GENERATION_FILE, default_stop_ids
 from router.prompt.tokenizer import Tokenizer, read_json
 
@@ -34,7 +36,8 @@ Send = Callable[[Message], Awaitable[None]]
 class IngressProcess:
     """An ingress with all its parts. `app` is an ASGI application for one event loop; `http` the URL it is behind.
 
-    Constructing reads the tokenizer. Raises CheckpointError.
+    Constructing reads the tokenizer. Raises CheckpointError. Images are decoded in processes of its own, which end
+    with it.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class IngressProcess:
         self.name = name
         self.backend = ClusterBackend(settings)
         self.link = MemberLink(resolve=resolve, report=self.report, on_view=self.backend.use)
-        self.app = CountingApp(_http_app(settings, self.backend, version))
+        tokenizer = Tokenizer.from_folder(settings.model_dir)
+        self.vision = Vision.from_folder(settings.model_dir, self.backend.config, tokenizer.special_ids)
+        self.app = CountingApp(_http_app(settings, self.backend, tokenizer, self.vision, version))
         self.metrics = MetricsPage(
             lambda: ingress_families(self.app.numbers()), bind=bind, ports=settings.metrics_ports
         )
@@ -79,6 +84,8 @@ class IngressProcess:
         """End every part. Requests in progress end with an error that is safe to retry."""
         self.link.close()
         self.metrics.close()
+        if self.vision is not None:
+            self.vision.loader.close()
         await self.backend.pool.aclose()
 
 
@@ -86,23 +93,32 @@ class ClusterBackend:
     """All routers of the cluster view as one. The view is set from the control link's thread."""
 
     def __init__(self, settings: ServeSettings) -> None:
-        config = load_config(settings.model_dir)
+        self.config = load_config(settings.model_dir)
         hosted = settings.transport == "grpc"
         self.pool = RouterPool()
-        self._num_experts = len(config.moe_layers) * config.num_experts if hosted else 0
+        self._num_experts = len(self.config.moe_layers) * self.config.num_experts if hosted else 0
         self._view = ClusterView()
 
     def use(self, view: ClusterView) -> None:
         """Go by `view` from now on."""
-        self._view = view
         self.pool.connect(view.routers, draining=view.draining)
+        # Last, so that `ready` speaks of a view that is in use.
+        self._view = view
 
     def submit(
-        self, *, request_id: str, prompt_ids: list[int], sampling: SamplingParams, deadline: float
+        self,
+        *,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        deadline: float,
+        images: Sequence[ImageInput] = (),
     ) -> EventStream:
         if self._view.draining:
             raise RouterLost("the cluster is shutting down")
-        return self.pool.submit(request_id=request_id, prompt_ids=prompt_ids, sampling=sampling, deadline=deadline)
+        return self.pool.submit(
+            request_id=request_id, prompt_ids=prompt_ids, sampling=sampling, deadline=deadline, images=images
+        )
 
     def ready(self) -> bool:
         view = self._view
@@ -144,17 +160,17 @@ class CountingApp:
 
 
 def _http_app(
-    settings: ServeSettings, backend: ClusterBackend, version: str
+    settings: ServeSettings, backend: ClusterBackend, tokenizer: Tokenizer, vision: Vision | None, version: str
 ) -> Callable[[Message, Receive, Send], Awaitable[None]]:
     model_dir = settings.model_dir
-    tokenizer = Tokenizer.from_folder(model_dir)
-    eos_ids = default_stop_ids(model_dir, load_config(model_dir).eos_token_ids)
+    eos_ids = default_stop_ids(model_dir, backend.config.eos_token_ids)
     return build_app(
         served_names=[settings.model_name],
         tokenizer=tokenizer,
         template=ChatTemplate.from_folder(model_dir, tokenizer),
         backend=backend,
         defaults=ServingDefaults.from_generation_config(read_json(model_dir / GENERATION_FILE), eos_ids),
+        vision=vision,
         version=version,
         options=HttpOptions(request_timeout_s=settings.request_timeout_s),
     )

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from experts.errors import InvalidInput
 from experts.placement import RouterInfo
+from router.engine.images import ImageInput
 from router.engine.request import Event, SamplingParams
 from router.grpc_link import Call, Link
 from router.resume import (
@@ -31,7 +32,7 @@ from router.resume import (
     Woke,
     step,
 )
-from router.wire.codec import encode_submit
+from router.wire.codec import MAX_MESSAGE_BYTES, encode_submit
 
 
 class RouterPool:
@@ -52,7 +53,7 @@ class RouterPool:
         silence_s: float = 5.0,
         probe_interval_s: float = 0.5,
         expiry_grace_s: float = 1.0,
-        max_message_bytes: int = 64 << 20,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         self._policy = policy or ResumePolicy()
         self._silence_s = silence_s
@@ -84,18 +85,25 @@ class RouterPool:
         return {link.name: link.in_flight for link in list(self._links.values())}
 
     async def submit(
-        self, *, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams, deadline: float
+        self,
+        *,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        deadline: float,
+        images: Sequence[ImageInput] = (),
     ) -> AsyncGenerator[Event, None]:
         """Tokens 0, 1, 2, ... of the request and one FinishEvent, whatever happens to routers meanwhile.
 
-        `deadline` is a `time.monotonic()` instant. Raises Overloaded (every router is full), InvalidInput or
-        ContextOverflow, all of them before the first event only. Closing the iterator (`aclose`, or cancelling the
+        `images` belong to the patch tokens of the prompt; every router that gets the request gets them. `deadline` is
+        a `time.monotonic()` instant. Raises Overloaded (every router is full), InvalidInput or ContextOverflow, all
+        of them before the first event only. Closing the iterator (`aclose`, or cancelling the
         task that reads it) ends the decoding at once. FinishEvents made here have the code "router_unavailable",
         "deadline_exceeded" or "invalid_input".
         """
         self._attach()
         state = Resumption(request_id=request_id, sampling=sampling, deadline=deadline, policy=self._policy)
-        attempts = _Attempts(self, state, prompt_ids)
+        attempts = _Attempts(self, state, prompt_ids, images)
         event: ResumeEvent = Begun()
         try:
             while True:
@@ -126,7 +134,9 @@ class RouterPool:
             await link.aclose()
         self._notify()
 
-    def open(self, then: Open, state: Resumption, prompt_ids: Sequence[int]) -> Call | ResumeEvent:
+    def open(
+        self, then: Open, state: Resumption, prompt_ids: Sequence[int], images: Sequence[ImageInput]
+    ) -> Call | ResumeEvent:
         """Begin the call that `then` asks for, or say why that is not possible."""
         link = self._links.get(then.router)
         if link is None:
@@ -139,9 +149,10 @@ class RouterPool:
             emitted_ids=then.emitted_ids,
             sampling=state.sampling,
             timeout_s=left_s,
+            images=images,
         )
         if message.ByteSize() > self._max_message_bytes:
-            rule = f"the prompt must fit into a message of {self._max_message_bytes} bytes"
+            rule = f"the prompt and its images must fit into a message of {self._max_message_bytes} bytes"
             return Refused(error=InvalidInput("messages", len(prompt_ids), rule))
         return link.open(message, left_s + self._expiry_grace_s)
 
@@ -199,10 +210,13 @@ class RouterPool:
 class _Attempts:
     """Carries out what `step` decided for one request; holds at most one call."""
 
-    def __init__(self, pool: RouterPool, state: Resumption, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self, pool: RouterPool, state: Resumption, prompt_ids: Sequence[int], images: Sequence[ImageInput]
+    ) -> None:
         self._pool = pool
         self._state = state
         self._prompt_ids = prompt_ids
+        self._images = images
         self._call: Call | None = None
 
     async def carry_out(self, then: Next, changed: asyncio.Event) -> ResumeEvent:
@@ -214,7 +228,7 @@ class _Attempts:
         if isinstance(then, Wait):
             return await _wait(changed, then.until)
         if isinstance(then, Open):
-            call = self._pool.open(then, self._state, self._prompt_ids)
+            call = self._pool.open(then, self._state, self._prompt_ids, self._images)
             if not isinstance(call, Call):
                 return call
             self._call = call

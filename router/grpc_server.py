@@ -18,10 +18,19 @@ from typing import Any, NoReturn, Protocol
 import grpc
 
 from experts.errors import InvalidInput, Overloaded, RouterLost
+from router.engine.images import ImageInput
 from router.engine.request import Event, FinishEvent, SamplingParams
 from router.wire import router_pb2 as pb
 from router.wire import router_pb2_grpc
-from router.wire.codec import REFUSAL_KEY, Refused, decode_sampling, encode_events, encode_refusal
+from router.wire.codec import (
+    MAX_MESSAGE_BYTES,
+    REFUSAL_KEY,
+    Refused,
+    decode_images,
+    decode_sampling,
+    encode_events,
+    encode_refusal,
+)
 
 MAX_DETAILS = 500
 """Characters of an error's text in a status: the rest of the header belongs to the refusal."""
@@ -42,13 +51,15 @@ class SubmitTarget(Protocol):
         sampling: SamplingParams,
         deadline: float,
         on_event: Callable[[Event], None],
+        images: Sequence[ImageInput] = (),
     ) -> None:
         """Take a request, or raise Overloaded, InvalidInput, ContextOverflow, or RouterLost: it has stopped for good.
 
         `emitted_ids` are the output tokens that earlier attempts sent; the first event is token len(emitted_ids), or
         the finish where they already end the request. `deadline` is a `time.monotonic()` instant. `on_event` is called
         from any one thread, never blocks, and gets exactly one FinishEvent, as the last. An engine that stops gives its
-        requests up with an ERROR of code "router_unavailable": another router continues them.
+        requests up with an ERROR of code "router_unavailable": another router continues them. `images` belong to the
+        prompt's patch tokens, in order.
         """
         ...
 
@@ -71,7 +82,7 @@ class RouterServer:
         bind: str = "127.0.0.1",
         ports: range | None = None,
         max_streams: int = 1024,
-        max_message_bytes: int = 64 << 20,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
         heartbeat_s: float = 1.0,
     ) -> None:
         self._engine = engine
@@ -211,6 +222,7 @@ class _Calls:
             decode_sampling(request.sampling),
             time.monotonic() + request.timeout_ms / 1000,
             partial(self._inbox.post, mailbox),
+            decode_images(request),
         )
 
     async def _answer(self, mailbox: _Mailbox, context: _Context) -> None:

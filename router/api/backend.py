@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from router.engine.images import ImageInput
 from router.engine.request import Event, SamplingParams
 
 
@@ -29,9 +30,17 @@ class Backend(Protocol):
     """Generates tokens. The ingress sees all routers as one of these."""
 
     def submit(
-        self, *, request_id: str, prompt_ids: list[int], sampling: SamplingParams, deadline: float
+        self,
+        *,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        deadline: float,
+        images: Sequence[ImageInput] = (),
     ) -> EventStream:
         """Start one request under a `request_id` never used before. `deadline` is a `time.monotonic()` instant.
+
+        `images` belong to the patch tokens of the prompt, in order.
 
         Raises Overloaded, InvalidInput or RouterLost before the first event, here or at the first `__anext__`.
         By the deadline the stream has ended, with a `FinishEvent` of reason ERROR if there was no answer.
@@ -85,9 +94,11 @@ class ChatTemplate(Protocol):
         *,
         add_generation_prompt: bool = True,
         kwargs: Mapping[str, Any] | None = None,
+        images: Sequence[Sequence[int]] = (),
     ) -> list[int]:
-        """Ids of the whole conversation. A message is {"role", "content"}, its content a string or text parts.
+        """Ids of the whole conversation. A message is {"role", "content"}, its content a string or parts.
 
+        A part is {"type": "text", "text"} or {"type": "image"}; `images` are the ids of each of the latter.
         Raises InvalidInput for what the template refuses.
         """
         ...

@@ -29,9 +29,16 @@ from router.api.defaults import ServingDefaults
 from router.api.errors import ApiError, UnknownModel, api_error
 from router.api.rendering import frames, whole
 from router.api.running import RunningAnswers
-from router.api.schema import GenerationRequest, parse_chat, parse_completion
+from router.api.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    parse_chat,
+    parse_completion,
+)
 from router.api.service import Job, Service
 from router.api.shapes import ChatShape, CompletionShape, Shape, encode
+from router.prompt.images.vision import Vision
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +62,14 @@ class HttpOptions:
     """Bounds of the server. `request_timeout_s` is the time a request has, from its last byte in to its last out.
 
     A stream says something every `keep_alive_s`; its status waits for the first event at most `start_wait_s`.
+    A body may have `max_body_bytes` besides its images, and `max_image_body_bytes` with them.
     """
 
     request_timeout_s: float = 600.0
     keep_alive_s: float = 10.0
-    start_wait_s: float = 1.0
+    start_wait_s: float = 5.0
     max_body_bytes: int = 4 * 1024 * 1024
+    max_image_body_bytes: int = 32 * 1024 * 1024
     body_timeout_s: float = 60.0
 
 
@@ -71,10 +80,14 @@ def build_app(
     template: ChatTemplate,
     backend: Backend,
     defaults: ServingDefaults,
+    vision: Vision | None = None,
     version: str = "",
     options: HttpOptions | None = None,
 ) -> FastAPI:
-    """The app of one ingress. `served_names`: what clients may call the model, its own name first."""
+    """The app of one ingress. `served_names`: what clients may call the model, its own name first.
+
+    Without `vision`, images are refused.
+    """
     options = options or HttpOptions()
     service = Service(
         served_names=served_names,
@@ -82,6 +95,7 @@ def build_app(
         template=template,
         backend=backend,
         defaults=defaults,
+        vision=vision,
         timeout_s=options.request_timeout_s,
     )
     # No automatic pages: they load their scripts from elsewhere.
@@ -99,12 +113,13 @@ def build_app(
 def _add_generation(app: FastAPI, service: Service, options: HttpOptions) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        asked = await _parsed(request, parse_chat, options)
+        parse = partial(_parse_chat, max_plain_bytes=options.max_body_bytes)
+        asked = await _parsed(request, parse, options.max_image_body_bytes, options.body_timeout_s)
         return _Reply(partial(_generate, asked, partial(service.chat, asked), ChatShape, options), options)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        asked = await _parsed(request, parse_completion, options)
+        asked = await _parsed(request, _parse_completion, options.max_body_bytes, options.body_timeout_s)
         return _Reply(partial(_generate, asked, partial(service.complete, asked), CompletionShape, options), options)
 
 
@@ -147,13 +162,32 @@ def _add_health(app: FastAPI, backend: Backend, version: str) -> None:
 # A body in
 
 
-async def _parsed(request: Request, parse: Callable[[Mapping[str, Any]], _Asked], options: HttpOptions) -> _Asked:
+async def _parsed(request: Request, parse: Callable[[bytes], _Asked], max_bytes: int, timeout_s: float) -> _Asked:
     """The request that the body holds. Raises ApiError and InvalidInput."""
     _check_body_kind(request)
-    body = await _read_body(request, options)
+    body = await _read_body(request, max_bytes, timeout_s)
     if len(body) <= PARSE_IN_THREAD_BYTES:
-        return parse(parse_object(body))
-    return await asyncio.to_thread(lambda: parse(parse_object(body)))
+        return parse(body)
+    return await asyncio.to_thread(parse, body)
+
+
+def _parse_completion(body: bytes) -> CompletionRequest:
+    return parse_completion(parse_object(body))
+
+
+def _parse_chat(body: bytes, max_plain_bytes: int) -> ChatCompletionRequest:
+    """A body may be longer than `max_plain_bytes` by its images only."""
+    # The field's name tells long bodies without images before they are parsed.
+    if len(body) > max_plain_bytes and b"image_url" not in body:
+        raise _too_large(max_plain_bytes)
+    asked = parse_chat(parse_object(body))
+    if len(body) - sum(upload.num_chars for _, upload in asked.uploads) > max_plain_bytes:
+        raise _too_large(max_plain_bytes, " besides its images")
+    return asked
+
+
+def _too_large(max_bytes: int, besides: str = "") -> ApiError:
+    return ApiError(413, f"body: may have at most {max_bytes} bytes{besides}", code="request_too_large")
 
 
 def _check_body_kind(request: Request) -> None:
@@ -165,18 +199,17 @@ def _check_body_kind(request: Request) -> None:
         raise ApiError(415, "content-encoding: must be absent; send the body as it is", code="unsupported_media_type")
 
 
-async def _read_body(request: Request, options: HttpOptions) -> bytes:
-    too_large = ApiError(413, f"body: may have at most {options.max_body_bytes} bytes", code="request_too_large")
+async def _read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:20]) > options.max_body_bytes:
-        raise too_large
+    if announced.isdecimal() and int(announced[:20]) > max_bytes:
+        raise _too_large(max_bytes)
     body = bytearray()
     try:
-        async with asyncio.timeout(options.body_timeout_s):
+        async with asyncio.timeout(timeout_s):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > options.max_body_bytes:
-                    raise too_large
+                if len(body) > max_bytes:
+                    raise _too_large(max_bytes)
     except TimeoutError:
         raise ApiError(408, "body: did not arrive in time", code="request_timeout", retry_after_s=1.0) from None
     return bytes(body)

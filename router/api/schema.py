@@ -1,4 +1,4 @@
-"""The requests of the OpenAI API that we answer: their fields, types, limits and rules. Text only.
+"""The requests of the OpenAI API that we answer: their fields, types, limits and rules.
 
 Knows nothing of HTTP, of the model's vocabulary or of its context. Types are strict: "5" is no number, true no integer.
 """
@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from experts.errors import InvalidInput
+from router.api.data_url import Upload
 from router.api.errors import Missing, Unsupported
 from router.api.fields import (
     UNSUPPORTED_CHAT,
@@ -100,26 +101,62 @@ def _token_ids(path: str, ids: list[Any]) -> list[int]:
 
 
 class TextPart(_Model):
-    """One part of a message's content. Only text for now."""
+    """Text as one part of a message's content."""
 
     type: Literal["text"]
     text: str
 
     @model_validator(mode="before")
     @classmethod
-    def _only_text(cls, value: Any) -> Any:
+    def _known(cls, value: Any) -> Any:
         kind = value.get("type") if isinstance(value, dict) else None
-        if kind in ("image_url", "input_image"):
-            raise Unsupported("type", kind, "images are not supported by this server yet")
-        if kind in ("input_audio", "file", "video_url", "audio_url", "refusal"):
-            raise Unsupported("type", kind, "only text parts are supported by this server yet")
+        if kind in ("input_audio", "file", "video_url", "audio_url", "refusal", "input_image", "image"):
+            raise Unsupported("type", kind, "only parts of type text and image_url are supported by this server yet")
         return value
 
+    def for_template(self) -> dict[str, str]:
+        return {"type": "text", "text": self.text}
 
+
+class ImageUrl(_Model):
+    """Where the picture is: in the URL itself. `detail` "low" would ask for fewer tiles than the model expects."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    url: Annotated[Upload, PlainValidator(Upload)]
+    detail: Literal["auto", "high"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if value.get("detail") == "low":
+            raise Unsupported("detail", "low")
+        return _without_nulls(value)
+
+
+class ImagePart(_Model):
+    """A picture as one part of a message's content."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+    def for_template(self) -> dict[str, str]:
+        return {"type": "image"}
+
+
+def _part_kind(value: object) -> str:
+    return "~image" if isinstance(value, dict) and value.get("type") == "image_url" else "~text"
+
+
+_Part = Annotated[Annotated[TextPart, Tag("~text")] | Annotated[ImagePart, Tag("~image")], Discriminator(_part_kind)]
 _Content = Annotated[
-    Annotated[str, Tag("~text")] | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS), Tag("~parts")],
+    Annotated[str, Tag("~text")] | Annotated[list[_Part], Field(min_length=1, max_length=MAX_PARTS), Tag("~parts")],
     Discriminator(
-        _content_kind, custom_error_type="content", custom_error_message="must be a string or a list of text parts"
+        _content_kind,
+        custom_error_type="content",
+        custom_error_message="must be a string or a list of text and image parts",
     ),
 ]
 
@@ -145,7 +182,7 @@ class Message(_Model):
         role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
             return {"role": role, "content": self.content}
-        return {"role": role, "content": [{"type": "text", "text": part.text} for part in self.content]}
+        return {"role": role, "content": [part.for_template() for part in self.content]}
 
 
 class StreamOptions(_Model):
@@ -212,6 +249,16 @@ class ChatCompletionRequest(GenerationRequest):
     @property
     def output_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def uploads(self) -> list[tuple[str, Upload]]:
+        """The pictures of all messages in their order, each with its path in the request."""
+        return [
+            (f"messages[{i}].content[{j}].image_url.url", part.image_url.url)
+            for i, message in enumerate(self.messages)
+            for j, part in enumerate(message.content)
+            if isinstance(part, ImagePart)
+        ]
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatCompletionRequest:

@@ -12,13 +12,17 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from experts.errors import InvalidInput
+from experts.errors import ContextOverflow, InvalidInput
 from router.api.answer import Piece, Transcript, answer
 from router.api.backend import Backend, ChatTemplate, Tokenizer
+from router.api.data_url import Upload
 from router.api.defaults import ServingDefaults, to_sampling
 from router.api.errors import ApiError, UnknownModel
 from router.api.schema import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from router.engine.images import ImageInput
 from router.engine.request import SamplingParams
+from router.prompt.images.tiles import ImageTiles
+from router.prompt.images.vision import Vision
 from router.prompt.stops import StopStrings
 
 
@@ -38,10 +42,14 @@ class _Prompt:
     token_ids: list[int]
     field: str
     echo: str = ""
+    images: tuple[ImageInput, ...] = ()
 
 
 class Service:
-    """Makes jobs. `served_names` are the names of the one model, the first is its own."""
+    """Makes jobs. `served_names` are the names of the one model, the first is its own.
+
+    `vision` takes the images of requests; without it, they are refused.
+    """
 
     def __init__(
         self,
@@ -51,6 +59,7 @@ class Service:
         template: ChatTemplate,
         backend: Backend,
         defaults: ServingDefaults,
+        vision: Vision | None = None,
         timeout_s: float = 600.0,
         draw_seed: Callable[[], int] = partial(secrets.randbits, 63),
     ) -> None:
@@ -60,26 +69,47 @@ class Service:
         self._tokenizer = tokenizer
         self._template = template
         self._defaults = defaults
+        self._vision = vision
         self._timeout_s = timeout_s
         self._draw_seed = draw_seed
 
     async def chat(self, request: ChatCompletionRequest) -> Job:
-        """Raises InvalidInput for what the template refuses, for overflow and for an unknown model."""
+        """Raises InvalidInput for what the template refuses, for images that cannot be decoded, for overflow and for
+        an unknown model; Overloaded when too many images wait to be decoded."""
         self._check_model(request)
+        tiles = await self._load_images(request.uploads)
         # In a thread: long prompts take long, and other streams must go on.
         token_ids = await asyncio.to_thread(
             self._template.render,
             [message.for_template() for message in request.messages],
             add_generation_prompt=request.add_generation_prompt,
             kwargs=request.chat_template_kwargs,
+            images=[self._vision.tokens.expand(image.rows, image.cols) for image in tiles] if self._vision else [],
         )
-        return self._job("chatcmpl-", request, [_Prompt(token_ids=token_ids, field="messages")])
+        images = tuple(
+            ImageInput(digest=image.digest, num_tiles=image.num_tiles, pixels=image.pixels) for image in tiles
+        )
+        return self._job("chatcmpl-", request, [_Prompt(token_ids=token_ids, field="messages", images=images)])
 
     async def complete(self, request: CompletionRequest) -> Job:
         """Raises InvalidInput for token ids outside the vocabulary, for overflow and for an unknown model."""
         self._check_model(request)
         prompts = [await asyncio.to_thread(self._prompt, request, *prompt) for prompt in request.prompts]
         return self._job("cmpl-", request, prompts)
+
+    async def _load_images(self, uploads: Sequence[tuple[str, Upload]]) -> Sequence[ImageTiles]:
+        """The tiles of a request's images. Nothing is decoded for a prompt that will not fit."""
+        if not uploads:
+            return ()
+        if self._vision is None:
+            raise InvalidInput(uploads[0][0], "an image", "this model takes no images")
+        pictures = self._vision.loader.inspect([(field, upload.take()) for field, upload in uploads])
+        layouts = [picture.layout for picture in pictures]
+        num_tokens = sum(self._vision.tokens.num_tokens(layout.rows, layout.cols) for layout in layouts)
+        max_model_len = self.backend.max_model_len()
+        if 0 < max_model_len <= num_tokens:
+            raise ContextOverflow(num_tokens, 0, max_model_len)
+        return await self._vision.loader.load(pictures)
 
     def _check_model(self, request: GenerationRequest) -> None:
         if request.model not in self.served_names:
@@ -144,5 +174,6 @@ class Service:
             prompt_ids=prompt.token_ids,
             sampling=sampling,
             deadline=deadline,
+            images=prompt.images,
         )
         return answer(submit, transcript, deadline=deadline, prefix=prompt.echo)

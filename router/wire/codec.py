@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from experts.errors import ContextOverflow, InvalidInput, Overloaded
+from router.engine.images import ImageInput
 from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
 from router.wire import router_pb2 as pb
 
@@ -17,6 +18,15 @@ MAX_SHOWN = 200
 """Characters of a user's text that an error repeats: metadata is small."""
 
 SEED_MASK = (1 << 64) - 1
+
+MAX_MESSAGE_BYTES = 96 << 20
+"""Of one message: eight images of 17 tiles of 448 pixels square, and a prompt of millions of tokens."""
+
+MAX_IMAGES = 64
+"""Of one request, as a router bounds it; ingresses take fewer."""
+
+DIGEST_BYTES = 32
+CHANNELS = 3
 
 REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -38,6 +48,7 @@ def encode_submit(
     emitted_ids: Sequence[int],
     sampling: SamplingParams,
     timeout_s: float,
+    images: Sequence[ImageInput] = (),
 ) -> pb.SubmitRequest:
     """`timeout_s` is what is left of the request's time, rounded up to whole milliseconds."""
     return pb.SubmitRequest(
@@ -56,7 +67,26 @@ def encode_submit(
             stop_token_ids=sampling.stop_token_ids,
         ),
         timeout_ms=math.ceil(max(timeout_s, 0.0) * 1000),
+        images=[pb.Image(digest=image.digest, num_tiles=image.num_tiles, pixels=image.pixels) for image in images],
     )
+
+
+def decode_images(message: pb.SubmitRequest) -> tuple[ImageInput, ...]:
+    """The images of a request. Raises InvalidInput for what cannot be tiles; how large tiles are, the engine knows."""
+    if len(message.images) > MAX_IMAGES:
+        raise InvalidInput("images", len(message.images), f"a request may hold at most {MAX_IMAGES} images")
+    return tuple(map(_decode_image, message.images))
+
+
+def _decode_image(image: pb.Image) -> ImageInput:
+    # The message's own size bounds what is copied here.
+    digest, pixels = image.digest, image.pixels
+    if len(digest) != DIGEST_BYTES:
+        raise InvalidInput("images", len(digest), f"digests must have {DIGEST_BYTES} bytes")
+    if image.num_tiles < 1 or not pixels or len(pixels) % (CHANNELS * image.num_tiles):
+        rule = "pixels must be as many for each tile, in three channels"
+        raise InvalidInput("images", f"{len(pixels)} bytes, {image.num_tiles} tiles", rule)
+    return ImageInput(digest=digest, num_tiles=image.num_tiles, pixels=pixels)
 
 
 def decode_sampling(message: pb.Sampling) -> SamplingParams:

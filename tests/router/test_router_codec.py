@@ -9,10 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.errors import ContextOverflow, InvalidInput, Overloaded
+from router.engine.images import ImageInput
 from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
 from router.wire import router_pb2 as pb
 from router.wire.codec import (
+    MAX_IMAGES,
+    MAX_MESSAGE_BYTES,
     decode_events,
+    decode_images,
     decode_refusal,
     decode_sampling,
     encode_events,
@@ -53,6 +57,55 @@ def test_a_request_survives(sampling: SamplingParams, prompt_ids: list[int], emi
     assert (got.request_id, got.attempt, got.timeout_ms) == ("größe", 3, 1500)
     assert (list(got.prompt_ids), list(got.emitted_ids)) == (prompt_ids, emitted_ids)
     assert decode_sampling(got.sampling) == sampling
+
+
+IMAGES = st.builds(
+    lambda digest, num_tiles, size: ImageInput(digest=digest, num_tiles=num_tiles, pixels=bytes(3 * num_tiles * size)),
+    st.binary(min_size=32, max_size=32),
+    st.integers(1, 17),
+    st.integers(1, 50),
+)
+
+
+def submit_with(images: list[ImageInput]) -> pb.SubmitRequest:
+    sampling = SamplingParams(max_tokens=1)
+    return encode_submit(
+        request_id="r", attempt=0, prompt_ids=[1], emitted_ids=[], sampling=sampling, timeout_s=1.0, images=images
+    )
+
+
+@WHOLE
+@given(images=st.lists(IMAGES, max_size=8))
+def test_images_survive(images: list[ImageInput]) -> None:
+    got = pb.SubmitRequest.FromString(submit_with(images).SerializeToString())
+    assert list(decode_images(got)) == images
+
+
+def test_the_largest_request_fits_into_a_message() -> None:
+    whole = ImageInput(digest=bytes(32), num_tiles=17, pixels=bytes(17 * 3 * 336 * 336))
+    assert submit_with([whole] * 8).ByteSize() < MAX_MESSAGE_BYTES
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pb.Image(digest=b"short", num_tiles=1, pixels=bytes(3)),
+        pb.Image(digest=bytes(33), num_tiles=1, pixels=bytes(3)),
+        pb.Image(num_tiles=1, pixels=bytes(3)),
+        pb.Image(digest=bytes(32), num_tiles=0, pixels=bytes(3)),
+        pb.Image(digest=bytes(32), num_tiles=1),
+        pb.Image(digest=bytes(32), num_tiles=2, pixels=bytes(9)),
+        pb.Image(digest=bytes(32), num_tiles=2**32 - 1, pixels=bytes(3)),
+    ],
+)
+def test_what_cannot_be_tiles_is_refused(image: pb.Image) -> None:
+    with pytest.raises(InvalidInput, match=r"^images: "):
+        decode_images(pb.SubmitRequest(images=[image]))
+
+
+def test_too_many_images_are_refused_uncopied() -> None:
+    with pytest.raises(InvalidInput, match=f"at most {MAX_IMAGES} images"):
+        decode_images(pb.SubmitRequest(images=[pb.Image()] * (MAX_IMAGES + 1)))
 
 
 def test_time_that_has_passed_is_no_time_and_a_negative_seed_keeps_its_bits() -> None:

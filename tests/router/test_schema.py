@@ -121,7 +121,11 @@ def test_values_at_the_edge_are_accepted(field: str, value: object) -> None:
         ({"messages": [USER] * 2049}, "messages", "at most 2048 items"),
         ({"messages": [USER, "hi"]}, "messages[1]", "must be an object"),
         ({"messages": [{**USER, "role": "wizard"}]}, "messages[0].role", "must be one of 'system'"),
-        ({"messages": [{**USER, "content": 3}]}, "messages[0].content", "must be a string or a list of text parts"),
+        (
+            {"messages": [{**USER, "content": 3}]},
+            "messages[0].content",
+            "must be a string or a list of text and image parts",
+        ),
         ({"messages": [{**USER, "content": []}]}, "messages[0].content", "must not be empty"),
         (
             {"messages": [{**USER, "content": [{"type": "text", "text": "x"}] * 129}]},
@@ -197,8 +201,12 @@ def test_missing_content_is_named() -> None:
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{**USER, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         (
-            {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
+            {"messages": [{**USER, "content": [{"type": "input_audio", "input_audio": {}}]}]},
             "messages[0].content[0].type",
+        ),
+        (
+            {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "x", "detail": "low"}}]}]},
+            "messages[0].content[0].image_url.detail",
         ),
     ],
 )
@@ -206,7 +214,7 @@ def test_what_would_change_the_answer_is_refused_and_named(fields: dict[str, Any
     error = refused_chat(**fields)
     assert isinstance(error, Unsupported)
     assert error.field == path
-    assert "not supported by this server yet" in error.rule or "only text parts" in error.rule
+    assert "not supported by this server yet" in error.rule or "only parts of type" in error.rule
 
 
 @pytest.mark.parametrize("unsupported", [UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION])
@@ -351,7 +359,15 @@ def test_bodies_are_parsed_as_the_json_module_does(document: dict[str, Any]) -> 
 _NAMES = st.sampled_from(
     sorted({*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *UNSUPPORTED_CHAT, "prompt"})
 )
-_PART = st.fixed_dictionaries({}, optional={"type": st.sampled_from(["text", "image_url"]) | _JSON, "text": _JSON})
+_URL = st.sampled_from(["data:image/png;base64,AAAA", "data:image/png;base64,", "data:,", "http:", "x"]) | _JSON
+_PART = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(["text", "image_url"]) | _JSON,
+        "text": _JSON,
+        "image_url": st.fixed_dictionaries({}, optional={"url": _URL, "detail": _JSON}) | _JSON,
+    },
+)
 _MESSAGE = st.fixed_dictionaries(
     {}, optional={"role": st.sampled_from(["user", "tool"]) | _JSON, "content": _JSON | st.lists(_PART, max_size=3)}
 )

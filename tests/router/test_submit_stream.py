@@ -18,6 +18,7 @@ from scripted_router import PATIENCE_S, ScriptedEngine, answer
 
 from experts.errors import ContextOverflow, InvalidInput, Overloaded
 from experts.placement import RouterInfo
+from router.engine.images import ImageInput
 from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
 from router.grpc_client import RouterPool
 from router.grpc_link import Link
@@ -124,6 +125,32 @@ def test_a_stream_is_all_tokens_in_order_and_one_finish() -> None:
         assert engine.submitted["r", 0].deadline == pytest.approx(deadline, abs=PATIENCE_S / 2)
 
     with served(engine) as server:
+        run(scenario)
+
+
+def test_images_reach_every_router_that_gets_the_request() -> None:
+    images = [
+        ImageInput(digest=bytes([i] * 32), num_tiles=17, pixels=bytes([i]) * (17 * 3 * 336 * 336)) for i in range(8)
+    ]
+    first, second = ScriptedEngine(hold_at=HELD), ScriptedEngine()
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=server_a.address))
+        stream = pool.submit(
+            request_id="r",
+            prompt_ids=PROMPT,
+            sampling=SamplingParams(max_tokens=12, temperature=0.0, seed=3),
+            deadline=time.monotonic() + PATIENCE_S,
+            images=images,
+        )
+        assert await take(stream, HELD) == whole_answer()[:HELD]
+        pool.connect(view(a=server_a.address, b=server_b.address))
+        await asyncio.to_thread(first.stop)
+        assert await drain(stream) == whole_answer()[HELD:]
+        for engine, key in ((first, ("r", 0)), (second, ("r", 1))):
+            assert list(engine.submitted[key].images) == images
+
+    with served(first) as server_a, served(second) as server_b:
         run(scenario)
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from router.engine.images import ImageInput
 from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
 
 BOS = 256
@@ -40,6 +41,7 @@ class Submission:
     prompt_ids: list[int]
     sampling: SamplingParams
     deadline: float
+    images: Sequence[ImageInput] = ()
     num_sent: int = 0
     closed: bool = False
 
@@ -58,9 +60,15 @@ class ScriptedBackend:
         self.length = max_model_len
 
     async def submit(
-        self, *, request_id: str, prompt_ids: list[int], sampling: SamplingParams, deadline: float
+        self,
+        *,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        deadline: float,
+        images: Sequence[ImageInput] = (),
     ) -> AsyncGenerator[Event, None]:
-        mine = Submission(request_id, prompt_ids, sampling, deadline)
+        mine = Submission(request_id, prompt_ids, sampling, deadline, images)
         self.submissions.append(mine)
         try:
             for step in self.script(mine):
@@ -112,7 +120,7 @@ class ByteTokenizer:
 
 
 class PlainTemplate:
-    """`role:text|` for each message; remembers what it was given."""
+    """`role:text|` for each message, an image's ids in its place; remembers what it was given."""
 
     def __init__(self) -> None:
         self.kwargs: Mapping[str, Any] = {}
@@ -124,11 +132,15 @@ class PlainTemplate:
         *,
         add_generation_prompt: bool = True,
         kwargs: Mapping[str, Any] | None = None,
+        images: Sequence[Sequence[int]] = (),
     ) -> list[int]:
         self.kwargs, self.messages = kwargs or {}, messages
-        text = "".join(f"{message['role']}:{_text(message['content'])}|" for message in messages)
-        return [BOS, *(text + ("assistant:" if add_generation_prompt else "")).encode()]
-
-
-def _text(content: str | list[dict[str, str]]) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+        ids, left = [BOS], iter(images)
+        for message in messages:
+            ids += f"{message['role']}:".encode()
+            content = message["content"]
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                ids += next(left) if part["type"] == "image" else part["text"].encode()
+            ids += b"|"
+        assert next(left, None) is None
+        return [*ids, *(b"assistant:" if add_generation_prompt else b"")]

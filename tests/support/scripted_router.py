@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from experts.errors import ContextOverflow, InvalidInput, Overloaded, RouterLost
+from router.engine.images import ImageInput
 from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
 from router.grpc_server import RouterServer
 
@@ -44,6 +45,7 @@ class Submission:
     sampling: SamplingParams
     deadline: float
     on_event: Callable[[Event], None] = field(repr=False)
+    images: Sequence[ImageInput] = ()
 
     @property
     def num_output(self) -> int:
@@ -73,6 +75,7 @@ class ScriptedEngine:
         sampling: SamplingParams,
         deadline: float,
         on_event: Callable[[Event], None],
+        images: Sequence[ImageInput] = (),
     ) -> None:
         if sampling.temperature < 0:
             raise InvalidInput("temperature", sampling.temperature, "must be at least 0")
@@ -89,6 +92,7 @@ class ScriptedEngine:
                 sampling=sampling,
                 deadline=deadline,
                 on_event=on_event,
+                images=images,
             )
             self.submitted[request_id, attempt] = self._live[request_id, attempt] = submission
             self._changed.notify_all()
