@@ -180,7 +180,7 @@ class Launcher:
         """Raises StartFailed when Serve has given up."""
         app = serve.status().applications.get(self._settings.name)
         if app is not None and app.status == "DEPLOY_FAILED":
-            raise StartFailed(_reason(app.message))
+            raise StartFailed(_reason("\n".join([app.message, *(part.message for part in app.deployments.values())])))
         if app is None or app.status != "RUNNING" or status is None:
             return False
         loaded = status.replicas_held == status.replicas_wanted
@@ -286,7 +286,8 @@ def _serve_is_running() -> bool:
 
 
 def _reason(message: str) -> str:
-    """Why a deployment failed: our own error out of the trace that Serve gives, else its last line."""
-    ours = re.findall(r"experts\.errors\.\w+: (.+)", message)
+    """Why a deployment failed: our own error out of the traces that Serve gives, else any error, else the last line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return str(ours[-1] if ours else lines[-1] if lines else "the application could not be deployed")
+    ours = [line.partition(": ")[2] for line in lines if re.match(r"experts\.errors\.\w+: ", line)]
+    errors = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
+    return (ours or errors or lines or ["the application could not be deployed"])[-1]
