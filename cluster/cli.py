@@ -101,7 +101,7 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 
 def _add_make_tiny(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_make_tiny)
-    parser.add_argument("kind", choices=("scout", "maverick"))
+    parser.add_argument("kind", choices=("scout", "maverick", "guard"))
     parser.add_argument("folder", metavar="DIR", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (0)")
     parser.add_argument("--shards", type=int, default=2, help="number of weight files (2)")

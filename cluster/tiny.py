@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from cluster.tiny_prompts import chat_template, image_processor_config, processor_config
 from cluster.tiny_tokenizer import BOS, EOM, EOS, EOT, PAD, TinyTokenizer, train_tokenizer
 from cluster.tiny_weights import random_weights, steer, tensor_shapes
 from experts.errors import InvalidInput
-from router.prompt.chat import LLAMA4_TEMPLATE, TEMPLATE_FILE
+from router.prompt.chat import TEMPLATE_FILE
+from router.prompt.images.processor_config import IMAGE_FILE, PROCESSOR_FILE
 from router.prompt.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
-KINDS = ("scout", "maverick")
+KINDS = ("scout", "maverick", "guard")
 MAX_SEED = 2**63 - 1
 STEERING_FILE = "steering.json"
 
@@ -72,6 +74,24 @@ _KINDS: dict[str, dict[str, Any]] = {
         "use_qk_norm": False,
         "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
     },
+    # Dense, every layer rotates and sees everything before it.
+    "guard": {
+        "attention_chunk_size": None,
+        "interleave_moe_layer_step": 0,
+        "intermediate_size": 96,
+        "no_rope_layer_interval": 12,
+        "num_hidden_layers": 4,
+        "num_local_experts": 0,
+        "use_qk_norm": True,
+        "rope_parameters": {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 128,
+            "rope_theta": 500000.0,
+            "rope_type": "llama3",
+        },
+    },
 }
 
 _VISION: dict[str, Any] = {
@@ -100,16 +120,19 @@ _VISION: dict[str, Any] = {
 
 
 def make_tiny(kind: str, out: Path, *, seed: int = 0, shards: int = 2, steerable: bool = False) -> None:
-    """Write a checkpoint of `kind` ("scout" or "maverick") into the new or empty folder `out`.
+    """Write a checkpoint of `kind` ("scout", "maverick" or "guard") into the new or empty folder `out`.
 
     The same seed gives byte-identical files on one version of Python and of the libraries. `shards` is the number
     of safetensors files. With `steerable`, tokens choose experts (token id modulo the number of experts, in every
-    MoE layer) and steering.json lists words for each expert. Raises InvalidInput: "kind", "seed", "shards", "dir".
+    MoE layer) and steering.json lists words for each expert. Raises InvalidInput: "kind", "seed", "shards",
+    "steerable", "dir".
     """
     if kind not in KINDS:
         raise InvalidInput("kind", kind, f"must be one of {', '.join(KINDS)}")
     if not 0 <= seed <= MAX_SEED:
         raise InvalidInput("seed", seed, f"must lie between 0 and {MAX_SEED}")
+    if steerable and not _KINDS[kind]["num_local_experts"]:
+        raise InvalidInput("steerable", steerable, f"needs a kind with experts, and {kind} has none")
     tokenizer = train_tokenizer()
     config = _config(kind, tokenizer.control_ids)
     shapes = tensor_shapes(config)
@@ -121,7 +144,9 @@ def make_tiny(kind: str, out: Path, *, seed: int = 0, shards: int = 2, steerable
     if steerable:
         steer(weights, num_experts=num_experts, control_ids=tokenizer.control_ids)
         _write_json(out / STEERING_FILE, _steering(tokenizer, num_experts))
-    _write_prompt_files(out, tokenizer, config["text_config"]["max_position_embeddings"])
+    _write_prompt_files(out, kind, tokenizer, config["text_config"]["max_position_embeddings"])
+    _write_json(out / IMAGE_FILE, image_processor_config(_VISION))
+    _write_json(out / PROCESSOR_FILE, processor_config(_VISION))
     _write_shards(out, weights, shards)
     _write_json(out / "generation_config.json", _generation_config(tokenizer.control_ids))
     _write_json(out / "config.json", config)
@@ -133,7 +158,7 @@ def _config(kind: str, ids: Mapping[str, int]) -> dict[str, Any]:
     text = {**_TEXT, **_KINDS[kind], **ends, "vocab_size": max(ids.values()) + 1}
     layers = range(text["num_hidden_layers"])
     step, interval = text["interleave_moe_layer_step"], text["no_rope_layer_interval"]
-    text["moe_layers"] = list(layers[step - 1 :: step])
+    text["moe_layers"] = list(layers[step - 1 :: step]) if step else []
     text["no_rope_layers"] = [int((layer + 1) % interval != 0) for layer in layers]
     text["layer_types"] = [
         "chunked_attention" if uses_rope else "full_attention" for uses_rope in text["no_rope_layers"]
@@ -187,7 +212,7 @@ def _claim_folder(out: Path) -> None:
         raise InvalidInput("dir", str(out), "must be a new or empty folder")
 
 
-def _write_prompt_files(out: Path, tokenizer: TinyTokenizer, max_length: int) -> None:
+def _write_prompt_files(out: Path, kind: str, tokenizer: TinyTokenizer, max_length: int) -> None:
     named = {"bos_token": BOS, "eos_token": EOT, "pad_token": PAD}
     settings = {
         **named,
@@ -197,7 +222,7 @@ def _write_prompt_files(out: Path, tokenizer: TinyTokenizer, max_length: int) ->
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (out / TOKENIZER_FILE).write_text(tokenizer.json_text, encoding="utf-8")
-    (out / TEMPLATE_FILE).write_text(LLAMA4_TEMPLATE, encoding="utf-8")
+    (out / TEMPLATE_FILE).write_text(chat_template(kind), encoding="utf-8")
     _write_json(out / CONFIG_FILE, settings)
     _write_json(out / "special_tokens_map.json", named)
 

@@ -17,11 +17,15 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Llama4ForC
 
 from cluster.tiny import make_tiny
 from cluster.tiny_tokenizer import BOS, EOM, EOS, EOT, PAD, VOCAB_SIZE
+from experts.config import load_config
 from experts.errors import InvalidInput
 from router.prompt.chat import ChatTemplate
+from router.prompt.images.settings import ImageSettings
+from router.prompt.images.vision import Vision
 from router.prompt.tokenizer import Tokenizer
 
-KINDS = ("scout", "maverick")
+WITH_EXPERTS = ("scout", "maverick")
+KINDS = (*WITH_EXPERTS, "guard")
 PROMPT = [{"role": "user", "content": "Which functions of this module return a new object, and when?"}]
 
 Made = Callable[..., Path]
@@ -52,8 +56,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    config = AutoConfig.from_pretrained(folder)
+    # transformers cannot run null; a chunk longer than any sequence is the same function.
+    config.text_config.attention_chunk_size = config.text_config.attention_chunk_size or 8192
     model, report = Llama4ForConditionalGeneration.from_pretrained(
-        folder, output_loading_info=True, attn_implementation="eager"
+        folder, config=config, output_loading_info=True, attn_implementation="eager"
     )
     return model.eval(), report
 
@@ -97,6 +104,44 @@ def test_the_vision_part_is_whole(made: Made, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_pictures_fit_the_vision_part(made: Made, kind: str) -> None:
+    folder = made(kind)
+    vision = Vision.from_folder(folder, load_config(folder), Tokenizer.from_folder(folder).special_ids)
+    assert vision is not None
+    assert vision.loader.settings == ImageSettings(tile_size=56, tokens_per_tile=4)
+    raw = json.loads((folder / "preprocessor_config.json").read_text())
+    assert raw["size"] == {"height": 56, "width": 56} and raw["rescale_factor"] == 1 / 255
+    assert vision.tokens.patch == AutoConfig.from_pretrained(folder).image_token_index
+
+
+def test_guards_template_judges_a_conversation(made: Made) -> None:
+    folder = made("guard")
+    tokenizer = Tokenizer.from_folder(folder)
+    template = ChatTemplate.from_folder(folder, tokenizer)
+    reference = AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "user", "content": "How do I?"}, {"role": "assistant", "content": "Like this."}]
+
+    def prompt(messages: list[dict[str, Any]], num_images: int = 0, **kwargs: Any) -> str:
+        ids = template.render(messages, kwargs=kwargs, images=[[tokenizer.special_ids["<|image|>"]]] * num_images)
+        expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **kwargs)
+        assert ids == expected
+        return str(reference.decode(ids))
+
+    of_user, of_agent = prompt(turns[:1]), prompt(turns)
+    assert "message of the User in" in of_user and "message of the Agent in" in of_agent
+    assert "User: How do I?\\n\n" in of_user and "Agent: Like this.\\n\n" in of_agent
+    assert all(f"S{number}: " in of_user for number in range(1, 15))
+    assert of_user.endswith("<|eot|><|header_start|>assistant<|header_end|>")
+    assert "S1: " not in prompt(turns, excluded_category_keys=["S1", "S5"])
+    assert "S10: " in prompt(turns, excluded_category_keys=["S1", "S5"])
+    seen = prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "This?"}]}], 1)
+    assert "User: <|image|>This?" in seen and "S14: " not in seen and "S13: " in seen
+    for messages in ([{"role": "system", "content": "x"}], [*turns, {"role": "tool", "content": "x"}]):
+        with pytest.raises(InvalidInput, match="only messages of user and assistant"):
+            template.render(messages)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_ids_agree_between_the_files(made: Made, kind: str) -> None:
     folder = made(kind)
     config, tokenizer = AutoConfig.from_pretrained(folder), Tokenizer.from_folder(folder)
@@ -114,13 +159,17 @@ def test_ids_agree_between_the_files(made: Made, kind: str) -> None:
 
 
 def test_the_kinds_differ_as_the_released_models_do(made: Made) -> None:
-    scout, maverick = (AutoConfig.from_pretrained(made(kind)).text_config for kind in KINDS)
+    scout, maverick, guard = (AutoConfig.from_pretrained(made(kind)).text_config for kind in KINDS)
     assert (scout.use_qk_norm, maverick.use_qk_norm) == (True, False)
     assert (scout.moe_layers, maverick.moe_layers) == ([0, 1, 2, 3, 4, 5], [1, 3, 5])
     assert scout.rope_parameters["rope_type"] == "llama3"
     assert maverick.rope_parameters["rope_type"] == "default"
     assert scout.no_rope_layers == maverick.no_rope_layers == [1, 1, 1, 0, 1, 1]
     assert maverick.num_local_experts == 2 * scout.num_local_experts
+    assert (guard.moe_layers, guard.num_local_experts, guard.attention_chunk_size) == ([], 0, None)
+    assert set(guard.no_rope_layers) == {1}
+    raw = json.loads((made("guard") / "config.json").read_text())["text_config"]
+    assert raw["attention_chunk_size"] is None and raw["moe_layers"] == []
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
@@ -165,7 +214,7 @@ def test_another_seed_changes_the_weights_and_nothing_else(made: Made, tmp_path:
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_EXPERTS)
 @torch.inference_mode()
 def test_steering_words_choose_their_expert_in_every_layer(made: Made, kind: str) -> None:
     folder = made(kind, steerable=True)
@@ -216,7 +265,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "rule"),
     [
-        ({"kind": "behemoth"}, "kind: must be one of scout, maverick"),
+        ({"kind": "behemoth"}, "kind: must be one of scout, maverick, guard"),
+        ({"kind": "guard", "steerable": True}, "steerable: needs a kind with experts"),
         ({"shards": 0}, "shards: must lie between 1 and"),
         ({"shards": -1}, "shards: must lie between 1 and"),
         ({"seed": -1}, "seed: must lie between 0 and"),
