@@ -5,8 +5,10 @@ It drives `herd serve` from outside like any user: HTTP for questions, `herd sta
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
+import io
 import json
 import os
 import re
@@ -24,9 +26,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.tiny import make_tiny
+from PIL import Image, ImageDraw
 
-QUESTIONS = ("Tell me about a herd of llamas.", "And what happens when one of them runs away?")
+from cluster.tiny import make_tiny
+from experts.config import load_config
+from router.prompt.images.canvas import lay_out
+from router.prompt.images.processor_config import read_settings
+
+QUESTIONS = (
+    "Tell me about a herd of llamas.",
+    "What is in this picture?",
+    "And what happens when one of them runs away?",
+)
+PICTURE_SIZE = (150, 100)
 MAX_TOKENS = 48
 READY_LINE = "herd: ready"
 START_TIMEOUT_S = 120.0
@@ -54,16 +66,19 @@ def converse(server: Server) -> int:
     first = server.ask(QUESTIONS[0])
     say("4. Which host computed how many rows of which layer (from the hosts' metrics):")
     print_rows(server.rows(before))
+    say(f"5. Drawing a PNG of {PICTURE_SIZE[0]} x {PICTURE_SIZE[1]} pixels and asking: {QUESTIONS[1]!r}")
+    second = server.ask(QUESTIONS[1], draw_png())
+    print(f"   The picture was cut into {describe_tiles(server.model_dir)}.")
     victim = before["hosts"][0]
-    say(f"5. kill -9 {victim['name']} (pid {victim['pid']}), then asking again: {QUESTIONS[1]!r}")
+    say(f"6. kill -9 {victim['name']} (pid {victim['pid']}), then asking again: {QUESTIONS[2]!r}")
     os.kill(victim["pid"], signal.SIGKILL)
-    second = server.ask(QUESTIONS[1])
+    third = server.ask(QUESTIONS[2])
     after = server.status()
     print_processes(after)
     restarted = [host["pid"] for host in after["hosts"] if host["name"] == victim["name"]]
     print(f"   {victim['name']} was pid {victim['pid']} and is pid {restarted[0] if restarted else 'gone'} now.")
-    say("6. Shutting down.")
-    return 0 if first.num_tokens and second.num_tokens else 1
+    say("7. Shutting down.")
+    return 0 if all(answer.num_tokens == MAX_TOKENS for answer in (first, second, third)) else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +93,19 @@ class Answer:
 class Server:
     """A running `herd serve`, seen from outside."""
 
-    def __init__(self, model: str, port: int) -> None:
-        self._model = model
+    def __init__(self, model_dir: Path, port: int) -> None:
+        self.model_dir = model_dir
         self._port = port
 
-    def ask(self, question: str) -> Answer:
-        """Stream a greedy answer to the screen."""
+    def ask(self, question: str, png: bytes | None = None) -> Answer:
+        """Stream a greedy answer to the screen, to a question with or without a picture."""
+        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        if png is not None:
+            url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
         body = {
-            "model": self._model,
-            "messages": [{"role": "user", "content": question}],
+            "model": self.model_dir.name,
+            "messages": [{"role": "user", "content": content}],
             "max_tokens": MAX_TOKENS,
             "temperature": 0,
             "ignore_eos": True,
@@ -148,7 +167,7 @@ def serving(model_dir: Path, port: int) -> Iterator[Server]:
     echo.start()
     try:
         await_ready(process, ready)
-        yield Server(model_dir.name, port)
+        yield Server(model_dir, port)
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -210,6 +229,28 @@ def print_rows(rows: Counter[tuple[int, str]]) -> None:
     print("   layer " + "".join(f"{host:>10}" for host in hosts))
     for layer in sorted({layer for layer, _ in rows}):
         print(f"   {layer:>5} " + "".join(f"{rows[layer, host]:>10}" for host in hosts))
+
+
+def draw_png() -> bytes:
+    """A sunset: a sky that fades, a sun, a hill."""
+    width, height = PICTURE_SIZE
+    picture = Image.linear_gradient("L").resize(PICTURE_SIZE)
+    picture = Image.merge("RGB", (picture, picture.point(lambda v: v // 2), Image.new("L", PICTURE_SIZE, 90)))
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((width * 0.6, height * 0.25, width * 0.8, height * 0.55), fill=(255, 220, 120))
+    draw.polygon([(0, height), (width // 3, height // 2), (width, height)], fill=(20, 60, 30))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def describe_tiles(model_dir: Path) -> str:
+    """What the processor's rules make of the picture."""
+    vision = load_config(model_dir).vision
+    assert vision is not None
+    layout = lay_out(*PICTURE_SIZE, read_settings(model_dir, vision))
+    whole = " and the whole picture once more, small" if layout.num_tiles > layout.rows * layout.cols else ""
+    return f"{layout.num_tiles} tiles of {vision.tile_size} pixels: {layout.rows} x {layout.cols}{whole}"
 
 
 def say(text: str) -> None:
