@@ -80,6 +80,18 @@ class Tokenizer(Protocol):
         """Ids of a raw prompt, the begin-of-text token included."""
         ...
 
+    def encode_pieces(self, text: str) -> list[int]:
+        """Ids of `text` alone."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`, special tokens by their names."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """One token as the vocabulary writes it."""
+        ...
+
     def detokenizer(self) -> Detokenizer:
         """A fresh one, for one answer."""
         ...

@@ -78,6 +78,20 @@ UNSUPPORTED_COMPLETION: Neutral = MappingProxyType(
     }
 )
 
+UNSUPPORTED_TOKENIZE_TEXT: Neutral = MappingProxyType({"truncate_prompt_tokens": ()})
+
+UNSUPPORTED_TOKENIZE_CHAT: Neutral = MappingProxyType(
+    {
+        "tools": ([],),
+        "documents": ([],),
+        "chat_template": (),
+        "continue_final_message": (False,),
+        # The template writes them.
+        "add_special_tokens": (False,),
+        "truncate_prompt_tokens": (),
+    }
+)
+
 UNSUPPORTED_MESSAGE: Neutral = MappingProxyType({"tool_calls": ([],), "function_call": (), "audio": (), "refusal": ()})
 UNSUPPORTED_STREAM_OPTIONS: Neutral = MappingProxyType({"continuous_usage_stats": (False,)})
 

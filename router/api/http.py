@@ -27,17 +27,13 @@ from router.api.backend import Backend, ChatTemplate, Tokenizer
 from router.api.body import parse_object
 from router.api.defaults import ServingDefaults
 from router.api.errors import ApiError, UnknownModel, api_error
+from router.api.prompts import Prompts
 from router.api.rendering import frames, whole
 from router.api.running import RunningAnswers
-from router.api.schema import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    GenerationRequest,
-    parse_chat,
-    parse_completion,
-)
+from router.api.schema import Conversation, GenerationRequest, RequestModel, parse_chat, parse_completion
 from router.api.service import Job, Service
 from router.api.shapes import ChatShape, CompletionShape, Shape, encode
+from router.api.tokens import TokenService, parse_detokenize, parse_tokenize
 from router.prompt.images.vision import Vision
 
 logger = logging.getLogger(__name__)
@@ -53,7 +49,7 @@ STREAM_HEADERS = {
     "x-accel-buffering": "no",
 }
 
-_Asked = TypeVar("_Asked", bound=GenerationRequest)
+_Asked = TypeVar("_Asked", bound=RequestModel)
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 
@@ -89,20 +85,14 @@ def build_app(
     Without `vision`, images are refused.
     """
     options = options or HttpOptions()
-    service = Service(
-        served_names=served_names,
-        tokenizer=tokenizer,
-        template=template,
-        backend=backend,
-        defaults=defaults,
-        vision=vision,
-        timeout_s=options.request_timeout_s,
-    )
+    prompts = Prompts(served_names=served_names, tokenizer=tokenizer, template=template, backend=backend, vision=vision)
+    service = Service(prompts=prompts, backend=backend, defaults=defaults, timeout_s=options.request_timeout_s)
     # No automatic pages: they load their scripts from elsewhere.
     app = FastAPI(title="Herd", version=version or "0", docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False
     _add_generation(app, service, options)
-    _add_models(app, service)
+    _add_tokens(app, TokenService(prompts, backend), options)
+    _add_models(app, prompts.served_names, backend)
     _add_health(app, backend, version)
     app.add_exception_handler(HTTPException, _refuse_route)
     app.add_exception_handler(HerdError, _refuse)
@@ -113,31 +103,44 @@ def build_app(
 def _add_generation(app: FastAPI, service: Service, options: HttpOptions) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        parse = partial(_parse_chat, max_plain_bytes=options.max_body_bytes)
-        asked = await _parsed(request, parse, options.max_image_body_bytes, options.body_timeout_s)
+        asked = await _parsed(request, parse_chat, options, may_hold_images=True)
         return _Reply(partial(_generate, asked, partial(service.chat, asked), ChatShape, options), options)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        asked = await _parsed(request, _parse_completion, options.max_body_bytes, options.body_timeout_s)
+        asked = await _parsed(request, parse_completion, options)
         return _Reply(partial(_generate, asked, partial(service.complete, asked), CompletionShape, options), options)
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
+def _add_tokens(app: FastAPI, service: TokenService, options: HttpOptions) -> None:
+    @app.post("/tokenize")
+    @app.post("/v1/tokenize")
+    async def tokenize(request: Request) -> Response:
+        asked = await _parsed(request, parse_tokenize, options, may_hold_images=True)
+        return _Reply(partial(_answer, partial(service.tokenize, asked)), options)
+
+    @app.post("/detokenize")
+    @app.post("/v1/detokenize")
+    async def detokenize(request: Request) -> Response:
+        asked = await _parsed(request, parse_detokenize, options)
+        return _Reply(partial(_answer, partial(service.detokenize, asked)), options)
+
+
+def _add_models(app: FastAPI, served_names: Sequence[str], backend: Backend) -> None:
     created = int(time.time())
 
     def card(name: str) -> dict[str, Any]:
-        root = service.served_names[0]
+        root = served_names[0]
         head = {"id": name, "object": "model", "created": created, "owned_by": "herd", "root": root}
-        return {**head, "max_model_len": service.backend.max_model_len() or None}
+        return {**head, "max_model_len": backend.max_model_len() or None}
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return _json({"object": "list", "data": [card(name) for name in service.served_names]})
+        return _json({"object": "list", "data": [card(name) for name in served_names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        if name not in service.served_names:
+        if name not in served_names:
             raise UnknownModel(name)
         return _json(card(name))
 
@@ -162,26 +165,30 @@ def _add_health(app: FastAPI, backend: Backend, version: str) -> None:
 # A body in
 
 
-async def _parsed(request: Request, parse: Callable[[bytes], _Asked], max_bytes: int, timeout_s: float) -> _Asked:
+async def _parsed(
+    request: Request,
+    parse: Callable[[Mapping[str, Any]], _Asked],
+    options: HttpOptions,
+    *,
+    may_hold_images: bool = False,
+) -> _Asked:
     """The request that the body holds. Raises ApiError and InvalidInput."""
     _check_body_kind(request)
-    body = await _read_body(request, max_bytes, timeout_s)
+    max_bytes = options.max_image_body_bytes if may_hold_images else options.max_body_bytes
+    body = await _read_body(request, max_bytes, options.body_timeout_s)
     if len(body) <= PARSE_IN_THREAD_BYTES:
-        return parse(body)
-    return await asyncio.to_thread(parse, body)
+        return _parse_body(body, parse, options.max_body_bytes)
+    return await asyncio.to_thread(_parse_body, body, parse, options.max_body_bytes)
 
 
-def _parse_completion(body: bytes) -> CompletionRequest:
-    return parse_completion(parse_object(body))
-
-
-def _parse_chat(body: bytes, max_plain_bytes: int) -> ChatCompletionRequest:
+def _parse_body(body: bytes, parse: Callable[[Mapping[str, Any]], _Asked], max_plain_bytes: int) -> _Asked:
     """A body may be longer than `max_plain_bytes` by its images only."""
     # The field's name tells long bodies without images before they are parsed.
     if len(body) > max_plain_bytes and b"image_url" not in body:
         raise _too_large(max_plain_bytes)
-    asked = parse_chat(parse_object(body))
-    if len(body) - sum(upload.num_chars for _, upload in asked.uploads) > max_plain_bytes:
+    asked = parse(parse_object(body))
+    uploads = asked.uploads if isinstance(asked, Conversation) else []
+    if len(body) - sum(upload.num_chars for _, upload in uploads) > max_plain_bytes:
         raise _too_large(max_plain_bytes, " besides its images")
     return asked
 
@@ -244,6 +251,16 @@ class _Reply(Response):
 async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _answer(make: Callable[[], Awaitable[Mapping[str, Any]]], send: Send) -> None:
+    """Answer one request with the object that `make` makes."""
+    try:
+        body = await asyncio.to_thread(encode, await make())
+        response = Response(body, media_type="application/json")
+    except Exception as error:
+        response = _refusal(error)
+    await _send(response, send)
 
 
 async def _generate(

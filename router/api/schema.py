@@ -45,10 +45,12 @@ MAX_STOP_BYTES = 256
 MAX_STOP_TOKEN_IDS = 1024
 MAX_COUNT = 2**31 - 1
 
-_Request = TypeVar("_Request", bound="GenerationRequest")
+_Request = TypeVar("_Request", bound="RequestModel")
 
 
-class _Model(BaseModel):
+class RequestModel(BaseModel):
+    """A JSON object of a request; null members count as absent, unknown ones are ignored."""
+
     # Unknown fields are dropped here; `fields` has looked at them before.
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -78,7 +80,7 @@ def _prompts(value: object) -> list[tuple[str, str | list[int]]]:
     if not isinstance(value, list) or not value:
         raise InvalidInput("", value, "must be a string, a list of strings, of token ids or of lists of token ids")
     if not isinstance(value[0], str | list):
-        return [("prompt", _token_ids("", value))]
+        return [("prompt", checked_token_ids("", value))]
     if len(value) > MAX_PROMPTS:
         raise InvalidInput("", f"{len(value)} prompts", f"may have at most {MAX_PROMPTS} prompts")
     return [(f"prompt[{i}]", _prompt_of(f"[{i}]", item, type(value[0]))) for i, item in enumerate(value)]
@@ -88,11 +90,11 @@ def _prompt_of(path: str, value: object, kind: type) -> str | list[int]:
     if kind is str and isinstance(value, str):
         return value
     if kind is list and isinstance(value, list) and value:
-        return _token_ids(path, value)
+        return checked_token_ids(path, value)
     raise InvalidInput(path, value, "must be a string" if kind is str else "must be a list of token ids, not empty")
 
 
-def _token_ids(path: str, ids: list[Any]) -> list[int]:
+def checked_token_ids(path: str, ids: list[Any]) -> list[int]:
     # By hand: the validator would collect one error per bad element of a list of any length.
     for i, token in enumerate(ids):
         if type(token) is not int or token < 0:
@@ -100,7 +102,7 @@ def _token_ids(path: str, ids: list[Any]) -> list[int]:
     return ids
 
 
-class TextPart(_Model):
+class TextPart(RequestModel):
     """Text as one part of a message's content."""
 
     type: Literal["text"]
@@ -118,7 +120,7 @@ class TextPart(_Model):
         return {"type": "text", "text": self.text}
 
 
-class ImageUrl(_Model):
+class ImageUrl(RequestModel):
     """Where the picture is: in the URL itself. `detail` "low" would ask for fewer tiles than the model expects."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -136,7 +138,7 @@ class ImageUrl(_Model):
         return _without_nulls(value)
 
 
-class ImagePart(_Model):
+class ImagePart(RequestModel):
     """A picture as one part of a message's content."""
 
     type: Literal["image_url"]
@@ -161,7 +163,7 @@ _Content = Annotated[
 ]
 
 
-class Message(_Model):
+class Message(RequestModel):
     """One message of a conversation. "developer" is OpenAI's newer word for "system"."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -185,7 +187,7 @@ class Message(_Model):
         return {"role": role, "content": [part.for_template() for part in self.content]}
 
 
-class StreamOptions(_Model):
+class StreamOptions(RequestModel):
     """What a stream carries besides the answer."""
 
     include_usage: bool = False
@@ -200,7 +202,7 @@ class StreamOptions(_Model):
         return _without_nulls(value)
 
 
-class GenerationRequest(_Model):
+class GenerationRequest(RequestModel):
     """What both kinds of request share: the model and how to choose tokens. None is "as the server decides"."""
 
     model: str
@@ -238,17 +240,12 @@ class GenerationRequest(_Model):
         return self
 
 
-class ChatCompletionRequest(GenerationRequest):
-    """`POST /v1/chat/completions`."""
+class Conversation(RequestModel):
+    """What a chat template makes a prompt of."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = {}
-
-    @property
-    def output_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
     @property
     def uploads(self) -> list[tuple[str, Upload]]:
@@ -259,6 +256,16 @@ class ChatCompletionRequest(GenerationRequest):
             for j, part in enumerate(message.content)
             if isinstance(part, ImagePart)
         ]
+
+
+class ChatCompletionRequest(Conversation, GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+
+    @property
+    def output_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatCompletionRequest:
@@ -277,15 +284,16 @@ class CompletionRequest(GenerationRequest):
 
 def parse_chat(document: Mapping[str, Any]) -> ChatCompletionRequest:
     """A chat request from its JSON object. Raises InvalidInput for the first thing that is wrong."""
-    return _parse(ChatCompletionRequest, document, UNSUPPORTED_CHAT)
+    return parse_request(ChatCompletionRequest, document, UNSUPPORTED_CHAT)
 
 
 def parse_completion(document: Mapping[str, Any]) -> CompletionRequest:
     """A completion request from its JSON object. Raises InvalidInput for the first thing that is wrong."""
-    return _parse(CompletionRequest, document, UNSUPPORTED_COMPLETION)
+    return parse_request(CompletionRequest, document, UNSUPPORTED_COMPLETION)
 
 
-def _parse(kind: type[_Request], document: Mapping[str, Any], unsupported: Neutral) -> _Request:
+def parse_request(kind: type[_Request], document: Mapping[str, Any], unsupported: Neutral) -> _Request:
+    """A request of `kind` from its JSON object. Raises InvalidInput for the first thing that is wrong."""
     ours = {field.alias or name for name, field in kind.model_fields.items()}
     check_spelling(document, ours | unsupported.keys())
     check_supported(document, unsupported)

@@ -115,6 +115,15 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return [BOS, *text.encode()]
 
+    def encode_pieces(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(self.token_text, token_ids))
+
+    def token_text(self, token_id: int) -> str:
+        return {BOS: "<bos>", EOS: "<eos>"}.get(token_id) or chr(token_id)
+
     def detokenizer(self) -> ByteDetokenizer:
         return ByteDetokenizer()
 
