@@ -18,6 +18,8 @@ from experts.tensor_names import expected_tensors
 from experts.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles, scan_weights
 from router.api.defaults import ServingDefaults
 from router.prompt.chat import ChatTemplate
+from router.prompt.images.processor_config import read_settings
+from router.prompt.images.tokens import ImageTokens
 from router.prompt.stop_ids import GENERATION_FILE, default_stop_ids
 from router.prompt.tokenizer import Tokenizer, read_json
 
@@ -67,6 +69,8 @@ def check_folder(model_dir: Path) -> Report:
     _tried(findings, "defaults that can be followed", lambda: _defaults(model_dir))
     if config is not None:
         findings += _stop_findings(model_dir, config)
+    if config is not None and (vision := config.vision) is not None:
+        _tried(findings, "a processor that can be followed", lambda: read_settings(model_dir, vision))
     return Report(
         findings=tuple(findings),
         config=config,
@@ -159,13 +163,16 @@ def _id_findings(tokenizer: Tokenizer, config: ModelConfig) -> Iterator[Finding]
         yield Finding(file=tokenizer.file, expected=expected, found=f"ids up to {tokenizer.vocab_size - 1}")
     if config.vision is None:
         return
+    patch_id = tokenizer.special_ids.get("<|patch|>", config.image_token_id)
+    try:
+        ImageTokens.from_specials(tokenizer.special_ids, patch_id=patch_id, tokens_per_tile=1)
+    except CheckpointError as error:
+        expected, found = "all tokens around images, which are refused otherwise", f"one that {error.problem}"
+        yield Finding(file=tokenizer.file, expected=expected, found=found, severity=Severity.NOTE)
     ids = (config.image_token_id, config.boi_token_id, config.eoi_token_id)
     for (field, name), config_id in zip(_IMAGE_TOKENS, ids, strict=True):
-        known = tokenizer.special_ids.get(name)
-        if known is None:
-            expected, found = f"{name}, without which images are refused", "no such token"
-            yield Finding(file=tokenizer.file, expected=expected, found=found, severity=Severity.NOTE)
-        elif known != config_id:
+        known = tokenizer.special_ids.get(name, config_id)
+        if known != config_id:
             expected = f"{known}, the id of {name} in {tokenizer.file}"
             yield Finding(file=CONFIG_FILE, subject=field, expected=expected, found=str(config_id))
 

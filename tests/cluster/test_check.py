@@ -389,9 +389,25 @@ MODEL: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "cannot be read",
     ),
     "generation-temperature": (generation(temperature="hot"), "generation_config.json", "temperature"),
+    "processor-mean": (
+        in_json("preprocessor_config.json", lambda config: config.update(image_mean=[0.1, 0.2, 0.3])),
+        "preprocessor_config.json",
+        "image_mean",
+    ),
+    "processor-not-json": (
+        in_bytes("processor_config.json", lambda raw: b""),
+        "processor_config.json",
+        "cannot be read",
+    ),
     "generation-end-ids": (generation(eos_token_id=["x"]), "generation_config.json", "eos_token_id"),
 }
 """What makes a folder another one than its config promises, and what else serving reads."""
+
+
+@pytest.mark.parametrize("kind", ["scout", "guard"])
+def test_other_tiny_kinds_have_no_findings(tmp_path: Path, kind: str) -> None:
+    make_tiny(kind, tmp_path / kind)
+    assert check_folder(tmp_path / kind).findings == ()
 
 
 def test_a_sound_folder_has_no_findings(sound: Path) -> None:
@@ -486,6 +502,10 @@ ODD: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no-metadata": (in_json(INDEX, lambda index: index.pop("metadata")), ()),
     "padded-header": (padded_header, ()),
     "linked-files": (linked_files, ()),
+    "no-tile-tokens": (
+        in_bytes("tokenizer.json", lambda raw: raw.replace(b"<|tile_x_separator|>", b"<|no_separator|>")),
+        ("tokenizer.json",),
+    ),
     "no-tokenizer-config": (lambda folder: (folder / "tokenizer_config.json").unlink(), ()),
     "no-template": (lambda folder: (folder / "chat_template.jinja").unlink(), ()),
     "no-generation-config": (lambda folder: (folder / "generation_config.json").unlink(), ()),
