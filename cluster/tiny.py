@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 
 from cluster.tiny_prompts import chat_template, image_processor_config, processor_config
 from cluster.tiny_tokenizer import BOS, EOM, EOS, EOT, PAD, TinyTokenizer, train_tokenizer
-from cluster.tiny_weights import random_weights, steer, tensor_shapes
+from cluster.tiny_weights import random_weights, steer
+from experts.config import parse_config
 from experts.errors import InvalidInput
+from experts.tensor_names import expected_tensors
 from router.prompt.chat import TEMPLATE_FILE
 from router.prompt.images.processor_config import IMAGE_FILE, PROCESSOR_FILE
 from router.prompt.tokenizer import CONFIG_FILE, TOKENIZER_FILE
@@ -135,7 +137,7 @@ def make_tiny(kind: str, out: Path, *, seed: int = 0, shards: int = 2, steerable
         raise InvalidInput("steerable", steerable, f"needs a kind with experts, and {kind} has none")
     tokenizer = train_tokenizer()
     config = _config(kind, tokenizer.control_ids)
-    shapes = tensor_shapes(config)
+    shapes = expected_tensors(parse_config(config))
     if not 1 <= shards <= len(shapes):
         raise InvalidInput("shards", shards, f"must lie between 1 and {len(shapes)}, the number of tensors")
     _claim_folder(out)

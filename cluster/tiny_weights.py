@@ -6,12 +6,11 @@ Shape letters: V vocabulary, H hidden size, E experts of a layer, I size of an e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
-Shape = tuple[int, ...]
+from experts.tensor_names import Shape
 
 GROUP_STRENGTH = 8.0
 """Size of a token's group coordinate in steerable weights; the other coordinates grow from 0.5 to about 4."""
@@ -21,22 +20,6 @@ GATE_STRENGTH = 0.5
 
 HEAD_STRENGTH = 4.0
 """A steerable output row's weight on its group: well above what the random rest of the logits reaches."""
-
-
-def tensor_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Name → shape of every tensor of a checkpoint with this config.json, sorted by name."""
-    text, vision = config["text_config"], config["vision_config"]
-    shapes = {
-        "language_model.model.embed_tokens.weight": (text["vocab_size"], text["hidden_size"]),
-        "language_model.model.norm.weight": (text["hidden_size"],),
-        "language_model.lm_head.weight": (text["vocab_size"], text["hidden_size"]),
-        "multi_modal_projector.linear_1.weight": (text["hidden_size"], vision["vision_output_dim"]),
-    }
-    for layer in range(text["num_hidden_layers"]):
-        prefix = f"language_model.model.layers.{layer}."
-        shapes |= {prefix + name: shape for name, shape in _decoder_layer(text, layer)}
-    shapes |= {"vision_model." + name: shape for name, shape in _vision_tower(vision)}
-    return dict(sorted(shapes.items()))
 
 
 def random_weights(
@@ -81,56 +64,6 @@ def steer(weights: dict[str, torch.Tensor], *, num_experts: int, control_ids: Ma
     head_VH[:, :num_experts] *= 0.2
     head_VH[token_ids, token_ids % num_experts] = HEAD_STRENGTH
     head_VH[list(control_ids.values())] *= 0.0
-
-
-def _decoder_layer(text: Mapping[str, Any], layer: int) -> Iterator[tuple[str, Shape]]:
-    hidden, head_dim = text["hidden_size"], text["head_dim"]
-    q_size, kv_size = text["num_attention_heads"] * head_dim, text["num_key_value_heads"] * head_dim
-    yield "input_layernorm.weight", (hidden,)
-    yield "post_attention_layernorm.weight", (hidden,)
-    yield "self_attn.q_proj.weight", (q_size, hidden)
-    yield "self_attn.k_proj.weight", (kv_size, hidden)
-    yield "self_attn.v_proj.weight", (kv_size, hidden)
-    yield "self_attn.o_proj.weight", (hidden, q_size)
-    if layer in text["moe_layers"]:
-        num_experts, size = text["num_local_experts"], text["intermediate_size"]
-        yield "feed_forward.router.weight", (num_experts, hidden)
-        yield "feed_forward.experts.gate_up_proj", (num_experts, hidden, 2 * size)
-        yield "feed_forward.experts.down_proj", (num_experts, size, hidden)
-        yield from _swiglu("feed_forward.shared_expert.", hidden, size)
-    else:
-        yield from _swiglu("feed_forward.", hidden, text["intermediate_size_mlp"])
-
-
-def _swiglu(prefix: str, hidden: int, size: int) -> Iterator[tuple[str, Shape]]:
-    yield prefix + "gate_proj.weight", (size, hidden)
-    yield prefix + "up_proj.weight", (size, hidden)
-    yield prefix + "down_proj.weight", (hidden, size)
-
-
-def _vision_tower(vision: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
-    hidden, size = vision["hidden_size"], vision["intermediate_size"]
-    num_patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    yield "patch_embedding.linear.weight", (hidden, vision["num_channels"] * vision["patch_size"] ** 2)
-    yield "class_embedding", (hidden,)
-    yield "positional_embedding_vlm", (num_patches + 1, hidden)
-    yield from _with_bias("layernorm_pre", (hidden,))
-    yield from _with_bias("layernorm_post", (hidden,))
-    for layer in range(vision["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield from _with_bias(f"{prefix}self_attn.{part}", (hidden, hidden))
-        yield from _with_bias(f"{prefix}mlp.fc1", (size, hidden))
-        yield from _with_bias(f"{prefix}mlp.fc2", (hidden, size))
-        yield from _with_bias(f"{prefix}input_layernorm", (hidden,))
-        yield from _with_bias(f"{prefix}post_attention_layernorm", (hidden,))
-    yield "vision_adapter.mlp.fc1.weight", (vision["projector_input_dim"], size)
-    yield "vision_adapter.mlp.fc2.weight", (vision["projector_output_dim"], vision["projector_input_dim"])
-
-
-def _with_bias(name: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}.weight", shape
-    yield f"{name}.bias", shape[:1]
 
 
 def _draw(name: str, shape: Shape, generator: torch.Generator) -> torch.Tensor:
