@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test check proto bench clean
+.PHONY: install demo test soak check proto bench clean
 
 install: $(READY)
 
@@ -17,6 +17,10 @@ demo: $(READY)
 	$(BIN)/herd demo
 
 test: check
+	$(BIN)/pytest -q -m "not soak"
+
+# What takes longer than ten minutes.
+soak: check
 	$(BIN)/pytest -q
 
 # What needs no running: style, types, layers, and that the committed stubs are what proto/ generates.

@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 import torch
-from transformers import AutoTokenizer, Llama4ForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Llama4ForConditionalGeneration
 
 NEAR_TIE = 1e-4
 START_S, STOP_S, ANSWER_S = 180.0, 90.0, 180.0
@@ -119,31 +119,42 @@ class Judge:
     """Knows what transformers answers from the same folder, and where rounding may decide otherwise."""
 
     def __init__(self, model_dir: Path) -> None:
-        self._model = Llama4ForConditionalGeneration.from_pretrained(model_dir, attn_implementation="eager").eval()
+        config = AutoConfig.from_pretrained(model_dir)
+        # transformers cannot run a null chunk, which means "no chunks".
+        config.text_config.attention_chunk_size = config.text_config.attention_chunk_size or 1 << 20
+        self._model = Llama4ForConditionalGeneration.from_pretrained(
+            model_dir, config=config, attn_implementation="eager"
+        ).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self.accepted = 0
 
-    def check(self, prompt: Sequence[int], max_tokens: int, answer: str) -> None:
+    def check(self, prompt: Sequence[int], max_tokens: int, answer: str, pixels: torch.Tensor | None = None) -> None:
         """The answer is the reference's greedy one, or differs only where the reference itself was nearly tied."""
-        expected = self.greedy(prompt, max_tokens)
+        expected = self.greedy(prompt, max_tokens, pixels)
         text = self._tokenizer.decode(expected, skip_special_tokens=True)
         if answer == text:
             return
-        gap = self.smallest_gap([*prompt, *expected])
+        gap = self.smallest_gap([*prompt, *expected], pixels)
         assert gap < NEAR_TIE, f"answer differs and no choice was nearly tied ({gap}):\n{answer!r}\n{text!r}"
         self.accepted += 1
 
     @torch.no_grad()
-    def greedy(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+    def greedy(self, prompt: Sequence[int], max_tokens: int, pixels: torch.Tensor | None) -> list[int]:
         output = self._model.generate(
-            torch.tensor([list(prompt)]), max_new_tokens=max_tokens, do_sample=False, eos_token_id=None
+            torch.tensor([list(prompt)]),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            **({} if pixels is None else {"pixel_values": pixels}),
         )
         return [int(token) for token in output[0, len(prompt) :]]
 
     @torch.no_grad()
-    def smallest_gap(self, ids: Sequence[int]) -> float:
+    def smallest_gap(self, ids: Sequence[int], pixels: torch.Tensor | None) -> float:
         """The smallest distance between first and second choice, of any gate or of the next token."""
-        output = self._model(input_ids=torch.tensor([list(ids)]), output_router_logits=True, use_cache=False)
+        output = self._model(
+            input_ids=torch.tensor([list(ids)]), pixel_values=pixels, output_router_logits=True, use_cache=False
+        )
         gates = [logits for logits in output.router_logits or () if torch.is_tensor(logits)]
         tops = [logits.reshape(-1, logits.shape[-1]).topk(2).values for logits in (output.logits, *gates)]
         return min(float((top[:, 0] - top[:, 1]).min()) for top in tops)
