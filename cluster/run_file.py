@@ -35,8 +35,11 @@ def state_dirs(environment: Mapping[str, str]) -> tuple[Path, ...]:
 
 
 def prepare_state_dir(folder: Path) -> Path:
-    """Make `folder` if needed, for this user alone. Raises InvalidInput when somebody else owns it."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Make `folder` if needed, for this user alone. Raises InvalidInput when that fails or somebody else owns it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput("state-dir", str(folder), f"must be a folder that can be made: {error.strerror}") from None
     if folder.stat().st_uid != os.getuid() or folder.is_symlink():
         raise InvalidInput("state-dir", str(folder), "must belong to the user who runs this")
     folder.chmod(0o700)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +15,8 @@ from experts.grpc_control import fetch_status
 from experts.reports import ClusterStatus
 
 TIMEOUT_S = 3.0
+RESTART_S = 4.0
+"""A controller that was killed is back within this."""
 
 
 def find_status(control: str | None, folders: tuple[Path, ...]) -> ClusterStatus:
@@ -22,11 +26,14 @@ def find_status(control: str | None, folders: tuple[Path, ...]) -> ClusterStatus
     """
     if control:
         return fetch_status(control, TIMEOUT_S)
-    for file in read_run_files(folders):
-        try:
-            return fetch_status(file.control, TIMEOUT_S)
-        except ControllerUnreachable:
-            continue
+    end = time.monotonic() + RESTART_S
+    while files := list(read_run_files(folders)):
+        for file in files:
+            with contextlib.suppress(ControllerUnreachable):
+                return fetch_status(file.control, TIMEOUT_S)
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)
     raise ControllerUnreachable("", "no cluster of this user runs on this machine; --control names one elsewhere")
 
 

@@ -40,6 +40,13 @@ def test_a_folder_behind_a_link_is_refused(tmp_path: Path) -> None:
         prepare_state_dir(tmp_path / "link")
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput) as caught:
+        prepare_state_dir(tmp_path / "file" / "state")
+    assert caught.value.field == "state-dir"
+
+
 def test_the_runtime_folder_is_preferred_but_the_shared_one_is_searched_too(tmp_path: Path) -> None:
     shared = Path(f"/tmp/herd-{os.getuid()}")
     assert state_dirs({"XDG_RUNTIME_DIR": str(tmp_path)}) == (tmp_path / "herd", shared)
