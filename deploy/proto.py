@@ -1,4 +1,4 @@
-"""Generates the gRPC stubs from proto/ next to their users, or checks that the committed ones are what it would write."""
+"""Generates the gRPC stubs from proto/ next to their users, or checks that the committed ones are the same."""
 
 from __future__ import annotations
 
