@@ -5,6 +5,7 @@ Bounded in memory and, picture by picture, in time. It ends when its socket does
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import signal
@@ -38,12 +39,18 @@ def main() -> None:
     with suppress(BadMessage):
         send(link, READY, ())
         while True:
-            _, data = receive(link, limits.max_bytes)
-            # The signal's default action ends the process, whatever it is in.
-            signal.setitimer(signal.ITIMER_REAL, limits.decode_s)
-            kind, parts = _answer(data, settings, limits)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            send(link, kind, parts)
+            _serve_one(link, settings, limits)
+            # Pillow's images are parts of cycles, and large.
+            gc.collect()
+
+
+def _serve_one(link: socket.socket, settings: ImageSettings, limits: ImageLimits) -> None:
+    _, data = receive(link, limits.max_bytes)
+    # The signal's default action ends the process, whatever it is in.
+    signal.setitimer(signal.ITIMER_REAL, limits.decode_s)
+    kind, parts = _answer(data, settings, limits)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    send(link, kind, parts)
 
 
 def _answer(data: bytearray, settings: ImageSettings, limits: ImageLimits) -> tuple[bytes, list[bytes]]:
