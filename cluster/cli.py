@@ -12,6 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.console import Signals
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -134,6 +138,18 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from cluster.console import Signals, Stopped
+
+    # Before the imports of torch and Ray, which take seconds.
+    with Signals() as signals:
+        try:
+            return _serve_until(signals, options)
+        except Stopped:
+            print("herd: stopped")
+            return 0
+
+
+def _serve_until(signals: Signals, options: argparse.Namespace) -> int:
     from cluster.config import parse_settings
     from cluster.preflight import check_model, check_port_is_free, check_ray_answers
     from cluster.run_file import state_dirs
@@ -142,6 +158,7 @@ def _serve(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if name != "run"}
     settings = parse_settings(given)
     check_model(settings)
+    signals.check()
     if settings.ray_address is None:
         check_port_is_free(settings)
     else:
@@ -150,7 +167,8 @@ def _serve(options: argparse.Namespace) -> int:
         from cluster.on_ray.launch import launch
     except ModuleNotFoundError as error:
         raise HerdError(f"serving needs the package {error.name}, which is not installed") from None
-    return launch(settings, state_dirs(os.environ)[0])
+    signals.check()
+    return launch(settings, state_dirs(os.environ)[0], signals)
 
 
 def _check(options: argparse.Namespace) -> int:

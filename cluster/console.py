@@ -17,17 +17,28 @@ TWICE_S = 1.0
 """Wrappers and terminals may pass one Ctrl-C on twice; only one that comes later than this means "at once"."""
 
 
+INTERRUPTED = 130
+
+
 class Stopped(Exception):
     """Somebody asked for the end while something else was going on."""
 
 
-class Signals:
-    """SIGINT and SIGTERM ask for an orderly end; a SIGINT after that means "at once"."""
+def _exit() -> None:
+    os._exit(INTERRUPTED)
 
-    def __init__(self, abandon: Callable[[], None]) -> None:
+
+class Signals:
+    """SIGINT and SIGTERM ask for an orderly end; a SIGINT after that means "at once".
+
+    `abandon` is what "at once" does. Installed before anything that takes long: Python's own way, an exception out of
+    nowhere, gets lost in other people's callbacks and imports.
+    """
+
+    def __init__(self) -> None:
         self.asked = threading.Event()
+        self.abandon: Callable[[], None] = _exit
         self._asked_at = 0.0
-        self._abandon = abandon
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -61,7 +72,7 @@ class Signals:
         if not self.asked.is_set():
             self.ending()
         elif number == signal.SIGINT and time.monotonic() - self._asked_at > TWICE_S:
-            self._abandon()
+            self.abandon()
 
 
 @contextlib.contextmanager

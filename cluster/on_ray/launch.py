@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from cluster.config import ServeSettings
-from cluster.console import Signals, Stopped, output_to
+from cluster.console import INTERRUPTED, Signals, Stopped, output_to
 from cluster.control.journal import JournalFile
 from cluster.controller_process import http_url, journal_path
 from cluster.on_ray.app import build_app
@@ -33,7 +33,7 @@ from cluster.on_ray.find import ControllerFinder
 from cluster.on_ray.own_ray import JoinedRay, OwnRay
 from cluster.progress import Progress
 from cluster.run_file import prepare_state_dir, run_file_path
-from experts.errors import ControllerUnreachable, HerdError, InvalidInput
+from experts.errors import CheckpointError, ControllerUnreachable, HerdError, InvalidInput
 from experts.grpc_control import ask_drain, ask_shutdown, fetch_status
 from experts.reports import ClusterStatus
 
@@ -46,7 +46,7 @@ REPORTS_ARE_FRESH_S = 1.5
 END_S = 60.0
 LAST_WORDS_S = 5.0
 WATCH_S = 1.0
-FAILED, ABANDONED = 1, 130
+BAD_INPUT, FAILED = 2, 1
 LOOPBACK = "127.0.0.1"
 
 
@@ -57,8 +57,8 @@ class StartFailed(HerdError):
     """The cluster did not come up."""
 
 
-def launch(settings: ServeSettings, state_dir: Path) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit code, 1 when the cluster does not come up or Ray ends.
+def launch(settings: ServeSettings, state_dir: Path, signals: Signals) -> int:
+    """Serve until `signals` are asked to end; returns the exit code as the command line gives it.
 
     The settings are checked already. What Ray says goes to a file that is removed at a good end.
     """
@@ -69,12 +69,13 @@ def launch(settings: ServeSettings, state_dir: Path) -> int:
     log_path = state_dir / f"{settings.name}-{settings.port}.log"
     with output_to(log_path) as (out, errors):
         launcher = Launcher(settings, OwnRay() if own else JoinedRay(settings), out, log_path)
-        with Signals(launcher.abandon) as signals:
-            try:
-                launcher.run(signals)
-            except HerdError as error:
-                print(f"herd: {error}\nherd: what Ray said is in {log_path}", file=errors, flush=True)
-                return leave(FAILED, launcher.forced)
+        signals.abandon = launcher.abandon
+        try:
+            launcher.run(signals)
+        except HerdError as error:
+            print(f"herd: {error}\nherd: what Ray said is in {log_path}", file=errors, flush=True)
+            mendable = isinstance(error, InvalidInput | CheckpointError)
+            return leave(BAD_INPUT if mendable else FAILED, launcher.forced)
     log_path.unlink(missing_ok=True)
     return leave(0, launcher.forced)
 
@@ -106,6 +107,7 @@ class Launcher:
     def run(self, signals: Signals) -> None:
         """Start, serve until asked to stop, end. Raises HerdError when the start fails or Ray goes away."""
         try:
+            signals.check()
             self._say(f"starting Ray{'' if self._settings.ray_address is None else ' (joining)'}")
             self._ray.start()
             signals.install()
@@ -127,7 +129,7 @@ class Launcher:
         self._ray.abandon()
         self._remove_files()
         self._log_path.unlink(missing_ok=True)
-        os._exit(ABANDONED)
+        os._exit(INTERRUPTED)
 
     def _start(self, signals: Signals) -> None:
         self._check_name()

@@ -22,7 +22,8 @@ class Terminal(io.StringIO):
 
 def test_the_first_signal_asks_and_a_later_interrupt_abandons() -> None:
     abandoned: list[int] = []
-    with Signals(lambda: abandoned.append(1)) as signals:
+    with Signals() as signals:
+        signals.abandon = lambda: abandoned.append(1)
         signals.check()
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped):
@@ -39,7 +40,7 @@ def test_the_first_signal_asks_and_a_later_interrupt_abandons() -> None:
 
 def test_handlers_are_given_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with Signals(lambda: None):
+    with Signals():
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
 
