@@ -5,7 +5,7 @@ Bounded in memory and, picture by picture, in time. It ends when its socket does
 
 from __future__ import annotations
 
-import gc
+import ctypes
 import json
 import resource
 import signal
@@ -24,6 +24,9 @@ from router.prompt.images.messages import FAILED, READY, REFUSED, TILES, encode_
 from router.prompt.images.settings import ImageSettings
 from router.prompt.images.tiles import cut
 
+_M_MMAP_THRESHOLD = -3
+"""glibc's number of this parameter of mallopt."""
+
 TOO_MUCH_MEMORY = "needs more memory to decode than this server allows"
 
 
@@ -40,8 +43,6 @@ def main() -> None:
         send(link, READY, ())
         while True:
             _serve_one(link, settings, limits)
-            # Pillow's images are parts of cycles, and large.
-            gc.collect()
 
 
 def _serve_one(link: socket.socket, settings: ImageSettings, limits: ImageLimits) -> None:
@@ -67,6 +68,9 @@ def _answer(data: bytearray, settings: ImageSettings, limits: ImageLimits) -> tu
 
 def _bound_memory(num_bytes: int) -> None:
     """So many more than now. Where the system cannot, the bound on pixels still holds."""
+    with suppress(OSError, AttributeError):
+        # glibc would learn to keep freed blocks of Pillow's size on a heap that seldom shrinks.
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
