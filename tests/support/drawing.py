@@ -123,11 +123,14 @@ SMALLEST_VISION: dict[str, Any] = {
 
 @st.composite
 def vision_fields(draw: st.DrawFn) -> dict[str, Any]:
-    """Fields of a Llama4VisionConfig: any widths, heads, grids, and shuffles of 1, 2 and 3."""
+    """Fields of a Llama4VisionConfig: any widths, heads, grids, and shuffles of 1, 2 and 3.
+
+    Nothing is narrower than 16: norms of a few numbers turn rounding into errors that prove nothing.
+    """
     shuffle = draw(st.sampled_from([1, 2, 2, 2, 3]))
-    heads = draw(st.integers(1, 4))
-    hidden = heads * draw(st.sampled_from([4, 8, 12]))
-    adapter = draw(st.sampled_from([6, 16, 25]))
+    heads, head_dim = draw(st.sampled_from([(1, 16), (2, 8), (2, 20), (3, 12), (4, 4)]))
+    hidden = heads * head_dim
+    adapter = draw(st.sampled_from([16, 25, 32]))
     patch = draw(st.sampled_from([1, 2, 5, 14]))
     return {
         "hidden_size": hidden,

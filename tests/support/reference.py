@@ -61,7 +61,8 @@ def _filled(model: Model, seed: int) -> Any:
                 parameter.copy_(1.0 + 0.2 * noise)
             else:
                 fan_in = parameter.shape[1]
-                parameter.copy_(noise * (2.0 if "lm_head" in name else 1.2) / math.sqrt(fan_in))
+                gain = 2.0 if "lm_head" in name or "projector" in name else 1.2
+                parameter.copy_(noise * gain / math.sqrt(fan_in))
     return model.eval().float()
 
 
