@@ -97,7 +97,9 @@ def test_bad_input_is_named_and_harms_nobody(cluster: Cluster) -> None:
         answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60)
         error = answer.json()["error"]
         assert (answer.status_code, field) == (status, re.split(r"[.\[]", error["param"] or "")[0]), answer.text
-    broken = httpx.post(f"{cluster.url}/v1/completions", content=b"{", timeout=60)
+    broken = httpx.post(
+        f"{cluster.url}/v1/completions", content=b"{", headers={"content-type": "application/json"}, timeout=60
+    )
     assert broken.status_code == 400
     assert cluster.complete([1, 2, 3], 4)
 
