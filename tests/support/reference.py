@@ -78,6 +78,19 @@ def clear_run(
     raise AssertionError("the gates of this model are tied whatever it reads")
 
 
+def rounding_error(model: Model, ids: list[int]) -> float:
+    """How far the reference's own logits move when each of its float32 weights moves by one rounding step: the
+    answer that a few unlucky models (heads of two numbers that are both normalised, say) give is no sharper."""
+    expected, _ = reference_run(model, ids)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+            parameter.mul_(1 + signs * torch.finfo(torch.float32).eps)
+    moved, _ = reference_run(model, ids)
+    return float((moved - expected).abs().max())
+
+
 def reference_run(model: Model, ids: list[int], pixel_values: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
     """Logits [T, V] of the whole sequence without a cache, and the smallest gap between a chosen and the best rejected
     expert over all tokens and layers; inf without any.
