@@ -119,6 +119,8 @@ class Engine:
         deadline: float,
         on_event: Callable[[Event], None],
         images: Sequence[ImageInput] = (),
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> None:
         """Take in a request from any thread. `on_event` is called from the engine's thread: token events, then
         exactly one finish event. `images` belong to the prompt's patch tokens, in order.
@@ -138,6 +140,8 @@ class Engine:
             deadline=deadline,
             arrival=self._clock(),
             attempt=attempt,
+            priority=priority,
+            cache_salt=cache_salt,
             images=place_images(prompt_ids, images, self._image_rules),
         )
         with self._changed:

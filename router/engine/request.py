@@ -88,6 +88,10 @@ class Request:
     deadline: float
     arrival: float
     attempt: int = 0
+    priority: int = 0
+    """Lower goes first; equal ones go in order of arrival."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only with requests of the same salt."""
     num_computed: int = 0
     phase: Phase = Phase.WAITING
     global_blocks: list[int] = field(default_factory=list)
