@@ -24,7 +24,7 @@ import torch
 from cluster.config import ServeSettings
 from cluster.control.pack import pack
 from cluster.grpc_echo import echo_main, echo_stream
-from cluster.local import Model, build_engine, open_model
+from cluster.local import Model, build_engine, choose_products, load_local_experts, open_model
 from cluster.topology import Role, needs
 from experts.ffn import ExpertWeights
 from experts.host import ExpertHost
@@ -36,7 +36,6 @@ from experts.wire.codec import LinkTerms
 from router.dispatch import DispatchStats, RemoteExperts
 from router.engine.engine import Engine
 from router.engine.request import Event, FinishEvent, SamplingParams, TokenEvent
-from router.local_experts import LocalExperts
 
 TIMEOUT_S = 600.0
 SEED = 20240
@@ -126,9 +125,7 @@ def _run(engine: Engine, model: Model, batch: int, prompt: int, output: int, see
 def engine_of(model: Model, settings: ServeSettings) -> Iterator[tuple[Engine, DispatchStats]]:
     """A running engine and the counters of its dispatches; host processes end with it."""
     if settings.transport == "local":
-        store = model.store()
-        local = LocalExperts({key: store.load(*key) for key in store.all_keys()})
-        engine = build_engine(model, settings, local, lambda _missing: True)
+        engine = build_engine(model, settings, load_local_experts(model, settings), lambda _missing: True)
         with _running(engine):
             yield engine, DispatchStats()
         return
@@ -207,7 +204,7 @@ def _host_main(pipe: Connection, name: str, settings: ServeSettings, keys: Seque
     """A host process: load, listen, say where, and end when the parent's end of the pipe closes."""
     torch.set_num_threads(needs(settings, Role.HOST).threads)
     model = open_model(settings.model_dir, settings.dtype)
-    host = ExpertHost(name, model.store())
+    host = ExpertHost(name, model.store(), choose_products(model, settings))
     for key in keys:
         host.load(key)
     _serve_until_closed(pipe, host, model.terms())

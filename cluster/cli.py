@@ -82,6 +82,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--max-batch-tokens", metavar="T", help="tokens that one step computes at most (1024)")
     add("--max-running", metavar="N", help="requests that run at a time on one router (64)")
     add("--max-waiting", metavar="N", help="requests that wait on one router before others are refused (256)")
+    add("--deterministic", action="store_true", help="answers do not depend, to the bit, on batch, hosts or transport")
     add = parser.add_argument_group("ports and addresses inside the cluster").add_argument
     add("--host-ports", metavar="A-B", help="ports that expert hosts listen on (any)")
     add("--host-bind", metavar="ADDRESS", help="address that expert hosts listen on (the node's)")
@@ -130,6 +131,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help="auto, float32, bfloat16 or float16 (auto: the checkpoint's)")
     add("--kv-memory", metavar="SIZE", help="KV cache, such as 512MiB (2GiB)")
     add("--max-batch-tokens", metavar="T", help="tokens that one step computes at most (1024)")
+    add("--deterministic", action="store_true", help="measure what `herd serve --deterministic` runs")
     add("--json", metavar="FILE", help="write the results there as JSON, too; -: only that, to standard output")
     dispatch = kinds.add_parser("dispatch", help="round trip of a block of rows, beside a bare gRPC echo")
     dispatch.set_defaults(run=_bench_dispatch)

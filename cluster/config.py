@@ -28,6 +28,7 @@ class ServeSettings:
     `hosts` and `replicas` count for transport "grpc"; with "local" every router holds all experts itself.
     `host_bind` is the address that expert hosts listen on, `host_advertise` the one that routers are told: an address,
     or "address:A-B" whose ports stand for those of `host_ports` one by one. Empty: the node's own address.
+    `deterministic` makes answers the same bits whatever the batch, the hosts and the transport, and slower.
     `node_address` is where everything else listens; empty: what Ray calls the node. `state_dir` is the folder of
     run file and journal on the controller's machine.
     """
@@ -47,6 +48,7 @@ class ServeSettings:
     max_batch_tokens: int = 1024
     max_running: int = 64
     max_waiting: int = 256
+    deterministic: bool = False
     request_timeout_s: float = 600.0
     ray_address: str | None = None
     host_ports: range | None = None
@@ -108,7 +110,7 @@ class ServeSettings:
 
     def digest(self) -> str:
         """Names what shapes the cluster's hosts: processes of settings with other digests do not fit together."""
-        shaping = ("model_dir", "hosts", "replicas", "transport", "dtype", "device", "name")
+        shaping = ("model_dir", "hosts", "replicas", "transport", "dtype", "device", "deterministic", "name")
         chosen = {field: value for field, value in asdict(self).items() if field in shaping}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -169,6 +171,12 @@ def _integer(field: str, value: object) -> int:
         raise InvalidInput(field, value, "must be an integer") from None
 
 
+def _flag(field: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidInput(field, value, "must be true or false")
+    return value
+
+
 def _number(field: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise InvalidInput(field, value, "must be a number")
@@ -198,6 +206,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     ),
     **dict.fromkeys(("max_batch_tokens", "max_running", "max_waiting"), _integer),
     **dict.fromkeys(("host_ports", "router_ports", "metrics_ports"), parse_ports),
+    "deterministic": _flag,
     "model_dir": _folder,
     "kv_memory": parse_size,
     "request_timeout_s": _number,

@@ -12,18 +12,22 @@ from pathlib import Path
 import torch
 
 from cluster.config import ServeSettings
+from experts.arithmetic import Arithmetic
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig, load_config
+from experts.kernels.native import choose_arithmetic
 from experts.placement import ExpertKey
 from experts.weights import ExpertStore
 from experts.wire.codec import LinkTerms
 from router.checkpoint import load_trunk, load_vision
 from router.engine.engine import Engine
-from router.engine.image_features import ImageFeatures
+from router.engine.image_features import MAX_TILES_AT_ONCE, ImageFeatures
 from router.engine.images import ImageRules
 from router.engine.kv_cache import KVCache, KVLayout, plan_layout
 from router.engine.runner import ModelRunner, bytes_per_block
 from router.engine.scheduler import Scheduler, SchedulerConfig
+from router.local_experts import LocalExperts
+from router.model.attend import Attend, FlashAttend, PlainAttend, TiledAttend
 from router.model.decoder import Decoder, RoutedExperts
 from router.prompt.stop_ids import default_stop_ids
 
@@ -63,6 +67,26 @@ def open_model(model_dir: Path, dtype: str = "auto") -> Model:
     )
 
 
+def choose_products(model: Model, settings: ServeSettings) -> Arithmetic:
+    """How this machine computes products of rows and weights under `settings`."""
+    config = model.config
+    widths = (config.hidden_size, config.head_dim // 2, config.expert_size, config.dense_size, config.experts_per_token)
+    device = torch.device(settings.device)
+    return choose_arithmetic(model.dtype, device, deterministic=settings.deterministic, widths=widths)
+
+
+def load_local_experts(model: Model, settings: ServeSettings) -> LocalExperts:
+    """All routed experts of the model, in this process. Raises CheckpointError."""
+    store = model.store()
+    return LocalExperts({key: store.load(*key) for key in store.all_keys()}, choose_products(model, settings))
+
+
+def _choose_attend(settings: ServeSettings) -> Attend:
+    if settings.deterministic:
+        return TiledAttend()
+    return FlashAttend() if settings.device == "cpu" else PlainAttend()
+
+
 def build_engine(
     model: Model, settings: ServeSettings, experts: RoutedExperts, available: Callable[[frozenset[ExpertKey]], bool]
 ) -> Engine:
@@ -83,10 +107,10 @@ def build_engine(
     device = torch.device(settings.device)
     trunk = load_trunk(model.checkpoint, model.config, model.dtype, device)
     runner = ModelRunner(
-        Decoder(model.config, trunk, experts),
+        Decoder(model.config, trunk, experts, choose_products(model, settings), _choose_attend(settings)),
         layout,
         eos_ids=sorted(model.eos_ids),
-        images=_image_features(model, device),
+        images=_image_features(model, settings),
     )
     return Engine(
         scheduler=scheduler,
@@ -97,10 +121,13 @@ def build_engine(
     )
 
 
-def _image_features(model: Model, device: torch.device) -> ImageFeatures | None:
+def _image_features(model: Model, settings: ServeSettings) -> ImageFeatures | None:
     if model.config.vision is None:
         return None
-    return ImageFeatures(load_vision(model.checkpoint, model.config, model.dtype, device), model.config.vision)
+    vision = load_vision(model.checkpoint, model.config, model.dtype, torch.device(settings.device))
+    # Alone, a tile is the same bits whatever else a step needs.
+    at_once = 1 if settings.deterministic else MAX_TILES_AT_ONCE
+    return ImageFeatures(vision, model.config.vision, tiles_at_once=at_once)
 
 
 def _image_rules(config: ModelConfig) -> ImageRules | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from cluster.config import ServeSettings
-from cluster.local import build_engine, open_model
+from cluster.local import build_engine, load_local_experts, open_model
 from cluster.metrics import HostNumbers, MetricsPage, RouterNumbers, router_families
 from cluster.topology import Role, needs
 from experts.grpc_control import MemberLink
@@ -45,8 +45,7 @@ class RouterProcess:
 
     def _experts(self, settings: ServeSettings) -> RemoteExperts | LocalExperts:
         if settings.transport == "local":
-            store = self.model.store()
-            return LocalExperts({key: store.load(*key) for key in store.all_keys()})
+            return load_local_experts(self.model, settings)
         return RemoteExperts(
             GrpcTransport(router_name=self.name, terms=self.model.terms(), on_change=lambda: self.engine.wake())
         )

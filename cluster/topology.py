@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -38,13 +37,14 @@ def needs(settings: ServeSettings, role: Role, num_cores: int | None = None) -> 
     """What a process of `role` gets. `num_cores` are those of its machine; None: this one.
 
     Two processes that compute with two threads each on two cores stall each other, so only one that computes alone
-    gets all cores.
+    gets all cores. With several threads bits depend on where they cut the work.
     """
-    computes_alone = role is Role.ROUTER and settings.transport == "local" and settings.routers == 1
-    cores = num_cores or os.cpu_count() or 1
+    computes_alone = (
+        not settings.deterministic and role is Role.ROUTER and settings.transport == "local" and settings.routers == 1
+    )
     computes = role in (Role.HOST, Role.ROUTER)
     return Needs(
-        threads=cores if computes_alone else 1,
+        threads=threads,
         num_gpus=1.0 if computes and settings.device == "cuda" else 0.0,
     )
 

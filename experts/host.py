@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
+from experts.arithmetic import Arithmetic, PlainArithmetic
 from experts.errors import HostFailed, NotHosted
-from experts.ffn import ExpertWeights, expert_ffn
+from experts.ffn import ExpertWeights
 from experts.load import LoadSnapshot, LoadWindow
 from experts.placement import ExpertKey
 from experts.transport.base import Shipment
@@ -35,9 +35,10 @@ class ExpertHost:
     wait for a computation nor hold one up.
     """
 
-    def __init__(self, name: str, source: WeightSource) -> None:
+    def __init__(self, name: str, source: WeightSource, arithmetic: Arithmetic | None = None) -> None:
         self.name = name
         self._source = source
+        self._arithmetic = arithmetic or PlainArithmetic()
         self._slots: dict[ExpertKey, ExpertWeights] = {}
         self._slots_lock = threading.Lock()
         self._compute_lock = threading.Lock()
@@ -87,12 +88,19 @@ class ExpertHost:
         with self._compute_lock:
             started = time.perf_counter()
             try:
-                y_TH = _compute(shipment, weights)
+                y_TH = self._apply(shipment, weights)
             except Exception as error:
                 log.exception("computing %d rows failed", shipment.rows_TH.shape[0])
                 raise HostFailed(self.name, "the computation failed; see the host's log") from error
             self._load.record(shipment.segments, time.perf_counter() - started)
         return y_TH
+
+    def _apply(self, shipment: Shipment, weights: list[ExpertWeights]) -> torch.Tensor:
+        if not shipment.rows_TH.shape[0]:
+            return torch.empty_like(shipment.rows_TH)
+        segments = zip(shipment.segments, weights, strict=True)
+        touched = [(segment.num_rows, one) for segment, one in segments if segment.num_rows]
+        return self._arithmetic.ffn(shipment.rows_TH, [count for count, _ in touched], [one for _, one in touched])
 
     def _weights_of(self, shipment: Shipment) -> list[ExpertWeights]:
         with self._slots_lock:
@@ -100,13 +108,3 @@ class ExpertHost:
             if missing:
                 raise NotHosted(self.name, missing)
             return [self._slots[segment.key] for segment in shipment.segments]
-
-
-def _compute(shipment: Shipment, weights: Sequence[ExpertWeights]) -> torch.Tensor:
-    y_TH = torch.empty_like(shipment.rows_TH)
-    begin = 0
-    for segment, expert in zip(shipment.segments, weights, strict=True):
-        end = begin + segment.num_rows
-        y_TH[begin:end] = expert_ffn(expert, shipment.rows_TH[begin:end])
-        begin = end
-    return y_TH

@@ -1,25 +1,23 @@
 """The gate of an MoE layer: which experts each token wants, and how strongly. Knows nothing of where experts live.
 
-Shape letters: T tokens, H hidden size, E experts, K experts per token.
+Shape letters: T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from router.routed import Routing
 
 
-def gate(x_TH: torch.Tensor, weight_EH: torch.Tensor, experts_per_token: int) -> Routing:
+def gate(logits_TE: torch.Tensor, experts_per_token: int) -> Routing:
     """Top-k of the gate's logits; each chosen expert's score is its own sigmoid, taken in float32.
 
     Choices of a token are put in ascending expert order, so that whoever sums them does so in one fixed order.
     """
-    logits_TE = F.linear(x_TH, weight_EH)
     value_TK, expert_TK = torch.topk(logits_TE, experts_per_token, dim=-1)
     if experts_per_token > 1:
         expert_TK, order_TK = torch.sort(expert_TK, dim=-1)
         value_TK = value_TK.gather(-1, order_TK)
-    score_TK = torch.sigmoid(value_TK.float()).to(x_TH.dtype)
+    score_TK = torch.sigmoid(value_TK.float()).to(logits_TE.dtype)
     return Routing(expert_TK=expert_TK, score_TK=score_TK)

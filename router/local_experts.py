@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from experts.ffn import ExpertWeights, expert_ffn
+from experts.arithmetic import Arithmetic, PlainArithmetic
+from experts.ffn import ExpertWeights
 from experts.load import LoadWindow
 from experts.placement import ExpertKey
 from experts.transport.base import Segment
@@ -18,8 +19,9 @@ from router.routed import Combined, Routing, RowGroups, group_rows, ungroup_rows
 class LocalExperts:
     """Fulfils the decoder's `RoutedExperts` with weights held here; `load` counts what was computed."""
 
-    def __init__(self, weights: Mapping[ExpertKey, ExpertWeights]) -> None:
+    def __init__(self, weights: Mapping[ExpertKey, ExpertWeights], arithmetic: Arithmetic | None = None) -> None:
         self.weights = weights
+        self._arithmetic = arithmetic or PlainArithmetic()
         self.load = LoadWindow()
 
     @property
@@ -31,19 +33,16 @@ class LocalExperts:
         return LocalPending(self, layer, group_rows(x_TH, routing), routing)
 
     def compute(self, layer: int, groups: RowGroups) -> torch.Tensor:
-        """One matmul chain per touched expert, results in the groups' row order."""
+        """Every touched expert on its rows, results in the groups' row order."""
         started = time.perf_counter()
-        rows = torch.split(groups.rows_RH, list(groups.counts))
-        parts = [
-            expert_ffn(self.weights[layer, expert], rows_TH)
-            for expert, rows_TH in zip(groups.experts, rows, strict=True)
-        ]
+        touched = [self.weights[layer, expert] for expert in groups.experts]
+        y_RH = self._arithmetic.ffn(groups.rows_RH, groups.counts, touched)
         segments = [
             Segment(layer=layer, expert=expert, num_rows=count)
             for expert, count in zip(groups.experts, groups.counts, strict=True)
         ]
         self.load.record(segments, time.perf_counter() - started)
-        return torch.cat(parts)
+        return y_RH
 
 
 @dataclass(frozen=True)

@@ -63,4 +63,8 @@ def ungroup_rows(groups: RowGroups, y_RH: torch.Tensor, routing: Routing) -> tor
     y_choice_RH[groups.choice_R] = y_RH
     if num_choices == 1:
         return y_choice_RH
-    return y_choice_RH.view(num_tokens, num_choices, -1).sum(dim=1)
+    parts_TKH = y_choice_RH.view(num_tokens, num_choices, -1)
+    total_TH = parts_TKH[:, 0].float()
+    for choice in range(1, num_choices):
+        total_TH = total_TH + parts_TKH[:, choice]
+    return total_TH.to(y_RH.dtype)

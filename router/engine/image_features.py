@@ -35,11 +35,19 @@ class ImageFeatures:
     """Projected features by image digest. The least recently used ones leave when `cache_bytes` are exceeded; whoever
     needs them again pays for encoding them again."""
 
-    def __init__(self, weights: VisionWeights, config: VisionConfig, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        weights: VisionWeights,
+        config: VisionConfig,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+        tiles_at_once: int = MAX_TILES_AT_ONCE,
+    ) -> None:
         self.stats = ImageStats()
         self._weights = weights
         self._config = config
         self._cache_bytes = cache_bytes
+        self._tiles_at_once = tiles_at_once
         self._cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
     @property
@@ -66,7 +74,7 @@ class ImageFeatures:
         # A bytearray, because torch wants memory that it may write to.
         buffer = bytearray().join(image.pixels for image in images)
         tiles_NCSS = torch.frombuffer(buffer, dtype=torch.uint8).view(-1, NUM_CHANNELS, side, side)
-        batches = torch.split(tiles_NCSS, MAX_TILES_AT_ONCE)
+        batches = torch.split(tiles_NCSS, self._tiles_at_once)
         features_NMH = torch.cat(
             [encode_tiles(self._normalised(batch), self._weights, self._config) for batch in batches]
         )

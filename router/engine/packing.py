@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from router.engine.images import ImageInput
 from router.engine.scheduler import Piece
-from router.model.attention import Span
 from router.model.decoder import PackedBatch
+from router.model.spans import Runs, Span
 
 NO_FEATURES: Mapping[bytes, torch.Tensor] = {}
 
@@ -32,7 +33,7 @@ def pack(
     """
     spans, row = [], 0
     for piece in pieces:
-        spans.append(_span(piece, row, block_size, chunk_size, device))
+        spans.append(_span(piece, row, block_size, chunk_size))
         row += piece.count
     ids = [token for piece in pieces for token in piece.request.token_ids[piece.start : piece.start + piece.count]]
     positions = [torch.arange(piece.start, piece.start + piece.count, device=device) for piece in pieces]
@@ -40,8 +41,8 @@ def pack(
     return PackedBatch(
         ids_T=torch.tensor(ids, dtype=torch.int64, device=device),
         positions_T=torch.cat(positions),
-        global_slots_T=torch.cat([span.global_slots[-span.count :] for span in spans]),
-        local_slots_T=torch.cat([span.local_slots[-span.count :] for span in spans]),
+        global_slots_T=_own_slots(spans, False).to(device),
+        local_slots_T=_own_slots(spans, True).to(device),
         spans=tuple(spans),
         samples=tuple(index for index, piece in enumerate(pieces) if piece.samples),
         image_rows_P=torch.tensor(image_rows, dtype=torch.int64, device=device) if image_rows else None,
@@ -76,7 +77,7 @@ def _image_rows(
     return rows, parts
 
 
-def _span(piece: Piece, row: int, block_size: int, chunk_size: int | None, device: torch.device) -> Span:
+def _span(piece: Piece, row: int, block_size: int, chunk_size: int | None) -> Span:
     end = piece.start + piece.count
     chunk_start = 0 if chunk_size is None else piece.start // chunk_size * chunk_size
     assert chunk_size is None or end <= chunk_start + chunk_size, (piece.start, piece.count, chunk_size)
@@ -84,15 +85,27 @@ def _span(piece: Piece, row: int, block_size: int, chunk_size: int | None, devic
         row=row,
         count=piece.count,
         position=piece.start,
-        global_slots=_slots(piece.request.global_blocks, end, block_size, device),
-        local_slots=_slots(piece.request.local_blocks, end - chunk_start, block_size, device),
+        global_runs=_runs(piece.request.global_blocks, end, block_size),
+        local_runs=_runs(piece.request.local_blocks, end - chunk_start, block_size),
     )
 
 
-def _slots(blocks: list[int], count: int, block_size: int, device: torch.device) -> torch.Tensor:
-    """The first `count` slots of a block table; zeros where the model has no layer of that kind and so no blocks."""
+def _runs(blocks: list[int], count: int, block_size: int) -> Runs:
+    """The first `count` slots of a block table; nowhere (slot 0) where the model has no layer of that kind and so no
+    blocks."""
     if not blocks:
-        return torch.zeros(count, dtype=torch.int64, device=device)
-    first = torch.tensor(blocks[: -(-count // block_size)], dtype=torch.int64, device=device) * block_size
-    slots = first[:, None] + torch.arange(block_size, device=device)
-    return slots.flatten()[:count]
+        return (range(count),)
+    table = np.array(blocks[: -(-count // block_size)])
+    ends = np.append(np.flatnonzero(np.diff(table) != 1) + 1, len(table)).tolist()
+    runs, begin = [], 0
+    for end in ends:
+        first = int(table[begin]) * block_size
+        runs.append(range(first, first + min(end * block_size, count) - begin * block_size))
+        begin = end
+    return tuple(runs)
+
+
+def _own_slots(spans: Sequence[Span], chunked: bool) -> torch.Tensor:
+    """[T]: where each token of the batch keeps its keys and values."""
+    parts = [np.arange(run.start, run.stop) for span in spans for run in span.own(chunked)]
+    return torch.from_numpy(np.concatenate(parts))

@@ -15,8 +15,8 @@ from router.engine.packing import NO_FEATURES, images_of, pack
 from router.engine.request import Request
 from router.engine.sampler import Draw, sample
 from router.engine.scheduler import Piece, Step
-from router.model.attention import KVStore
 from router.model.decoder import Decoder, PackedBatch, StepOutput, run
+from router.model.kv_store import KVStore
 
 
 @dataclass(frozen=True, kw_only=True)

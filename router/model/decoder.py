@@ -9,17 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from experts.arithmetic import Arithmetic, PlainArithmetic
 from experts.config import ModelConfig
-from experts.ffn import expert_ffn
 from experts.placement import ExpertKey
 from router.gate import gate
-from router.model.attention import KVStore, Span, attention, rms_norm
+from router.model.attend import Attend, PlainAttend
+from router.model.attention import attention
+from router.model.kv_store import KVStore
+from router.model.norms import rms_norm
 from router.model.rope import inverse_frequencies, rotations, temperatures
+from router.model.spans import Span, close_up
 from router.model.weights import LayerWeights, TrunkWeights
 from router.routed import Combined, Routing
 
@@ -83,40 +88,69 @@ class _Rows:
 
 
 class Decoder:
-    """The trunk with its weights. One instance serves any number of forwards, which may be interleaved."""
+    """The trunk with its weights. One instance serves any number of forwards, which may be interleaved.
 
-    def __init__(self, config: ModelConfig, weights: TrunkWeights, experts: RoutedExperts) -> None:
+    `arithmetic` and `attend` say how products and attention are computed; the plain ones are the readable ones.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: TrunkWeights,
+        experts: RoutedExperts,
+        arithmetic: Arithmetic | None = None,
+        attend: Attend | None = None,
+    ) -> None:
         self.config = config
         self.weights = weights
         self.experts = experts
+        self._arithmetic = arithmetic or PlainArithmetic()
+        self._attend = attend or PlainAttend()
         self._inverse_frequency = inverse_frequencies(config).to(weights.device)
 
     def forward(self, batch: PackedBatch, store: KVStore) -> Forward:
         """Run `batch` through all layers, writing keys and values to `store`."""
+        rotation, temperature = self._arithmetic.by_rows(self._turns, batch.positions_T)
         rows = _Rows(
             x_TH=self._embed(batch),
             batch=batch,
-            rotation=rotations(batch.positions_T, self._inverse_frequency),
-            temperature=temperatures(batch.positions_T, self.config),
+            rotation=rotation,
+            temperature=temperature,
             live=tuple(range(len(batch.spans))),
         )
         for layer, weights in enumerate(self.weights.layers):
             if not rows.live:
                 break
             rows.x_TH = rows.x_TH + self._attention(layer, weights, rows, store)
-            normed_TH = rms_norm(rows.x_TH, self.config.norm_eps, weights.ffn_norm_H)
             if weights.gate_EH is None:
-                rows.x_TH = rows.x_TH + expert_ffn(weights.ffn, normed_TH)
+                [normed_TH] = self._arithmetic.by_rows(partial(self._normed, weights=weights), rows.x_TH)
+                rows.x_TH = rows.x_TH + self._ffn(weights, normed_TH)
                 continue
-            routing = gate(normed_TH, weights.gate_EH, self.config.experts_per_token)
-            pending = self.experts.dispatch(layer, normed_TH, routing)
+            normed_TH, expert_TK, score_TK = self._arithmetic.by_rows(partial(self._routed, weights=weights), rows.x_TH)
+            pending = self.experts.dispatch(layer, normed_TH, Routing(expert_TK=expert_TK, score_TK=score_TK))
             # The shared expert is computed while the rows travel.
-            shared_TH = expert_ffn(weights.ffn, normed_TH)
+            shared_TH = self._ffn(weights, normed_TH)
             combined = yield pending
             rows.x_TH = rows.x_TH + (shared_TH + combined.y_TH)
             if combined.lost:
                 _drop_lost(rows, combined)
         return self._head(rows)
+
+    def _turns(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotations(positions_T, self._inverse_frequency), temperatures(positions_T, self.config)
+
+    def _normed(self, x_TH: torch.Tensor, *, weights: LayerWeights) -> tuple[torch.Tensor]:
+        return (rms_norm(x_TH, self.config.norm_eps, weights.ffn_norm_H),)
+
+    def _routed(self, x_TH: torch.Tensor, *, weights: LayerWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normalised rows, and the gate's choice for them."""
+        assert weights.gate_EH is not None
+        normed_TH = rms_norm(x_TH, self.config.norm_eps, weights.ffn_norm_H)
+        routing = gate(self._arithmetic.linear(normed_TH, weights.gate_EH), self.config.experts_per_token)
+        return normed_TH, routing.expert_TK, routing.score_TK
+
+    def _ffn(self, weights: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor:
+        return self._arithmetic.ffn(x_TH, (len(x_TH),), (weights.ffn,))
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         """Embeddings of the ids; patches of images take their features instead (early fusion)."""
@@ -128,7 +162,7 @@ class Decoder:
     def _attention(self, layer: int, weights: LayerWeights, rows: _Rows, store: KVStore) -> torch.Tensor:
         batch = rows.batch
         return attention(
-            rms_norm(rows.x_TH, self.config.norm_eps, weights.attention_norm_H),
+            rows.x_TH,
             layer,
             weights,
             self.config,
@@ -137,17 +171,25 @@ class Decoder:
             rows.rotation,
             rows.temperature,
             store,
+            self._arithmetic,
+            self._attend,
         )
 
     def _head(self, rows: _Rows) -> StepOutput:
         wanted = [index for index, span in enumerate(rows.live) if span in rows.batch.samples]
         last = [rows.batch.spans[index].row + rows.batch.spans[index].count - 1 for index in wanted]
-        x_SH = rms_norm(rows.x_TH[last], self.config.norm_eps, self.weights.norm_H)
+        logits_SV = self.weights.head_VH.new_empty((0, self.config.vocab_size))
+        if last:
+            [logits_SV] = self._arithmetic.by_rows(self._logits, rows.x_TH[last])
         return StepOutput(
-            logits_SV=F.linear(x_SH, self.weights.head_VH),
+            logits_SV=logits_SV,
             samples=tuple(rows.live[index] for index in wanted),
             lost=rows.lost,
         )
+
+    def _logits(self, x_SH: torch.Tensor) -> tuple[torch.Tensor]:
+        normed_SH = rms_norm(x_SH, self.config.norm_eps, self.weights.norm_H)
+        return (self._arithmetic.linear(normed_SH, self.weights.head_VH),)
 
 
 def _drop_lost(rows: _Rows, combined: Combined) -> None:
@@ -174,25 +216,12 @@ def _drop_lost(rows: _Rows, combined: Combined) -> None:
 
 def _select(batch: PackedBatch, spans: Sequence[int], rows: list[int]) -> PackedBatch:
     """The batch without the other spans. Image features have done their part by the first dispatch: none are kept."""
-    moved, row = [], 0
-    for index in spans:
-        old = batch.spans[index]
-        moved.append(
-            Span(
-                row=row,
-                count=old.count,
-                position=old.position,
-                global_slots=old.global_slots,
-                local_slots=old.local_slots,
-            )
-        )
-        row += old.count
     return PackedBatch(
         ids_T=batch.ids_T[rows],
         positions_T=batch.positions_T[rows],
         global_slots_T=batch.global_slots_T[rows],
         local_slots_T=batch.local_slots_T[rows],
-        spans=tuple(moved),
+        spans=tuple(close_up([batch.spans[index] for index in spans])),
         samples=batch.samples,
     )
 

@@ -127,7 +127,7 @@ def test_a_load_under_way_holds_up_nothing() -> None:
 def test_computations_run_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     inside, most = 0, 0
     rest = threading.Event()
-    from experts import host as module
+    from experts import arithmetic as module
 
     real = module.expert_ffn
 

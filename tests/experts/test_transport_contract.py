@@ -105,7 +105,7 @@ def test_a_failed_computation_is_an_error_without_details(
         raise RuntimeError("secret path /weights")
 
     with monkeypatch.context() as patched:
-        patched.setattr("experts.host.expert_ffn", explode)
+        patched.setattr("experts.arithmetic.expert_ffn", explode)
         result = ask(rig.transport, "a", make_shipment({FIRST: 1}), soon())
     assert isinstance(result, HostFailed)
     assert "secret" not in str(result) and "secret" in caplog.text

@@ -16,8 +16,8 @@ from router.engine.packing import NO_FEATURES, pack
 from router.engine.request import Request, SamplingParams
 from router.engine.scheduler import Piece
 from router.local_experts import LocalExperts
-from router.model.attention import KVStore
 from router.model.decoder import Decoder, PackedBatch, RoutedExperts, StepOutput, run
+from router.model.kv_store import KVStore
 
 CPU = torch.device("cpu")
 

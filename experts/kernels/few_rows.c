@@ -1,0 +1,278 @@
+// Products of few bfloat16 rows with large bfloat16 matrices, for CPUs with AVX512-BF16, by AMX tiles where there are any.
+//
+// At few rows a product takes as long as its matrix takes to be read from memory, and general kernels reach less than half
+// of that. Matrices are [N, K] as they are: nothing is packed twice. Every output element is one sum over ascending k
+// that no other row takes part in, so neither the number of rows nor that of threads changes a bit of it.
+//
+// Letters: M rows, N outputs, K inputs, E experts, F their width, H hidden size.
+#include <immintrin.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+typedef uint16_t bf16;
+
+enum {
+    SIDE = 16,          // a strip of the matrix and a group of rows: one tile has SIDE x SIDE sums
+    STEP = 32,          // inputs that one tile takes in
+    AHEAD = 512,       // bytes of each matrix row that are asked for before they are needed
+    TILE = 1024,        // bytes
+};
+
+typedef struct {
+    const bf16 *rows;   // [M, K]
+    const char *tiles;  // the same in the order of AMX, [groups, K / STEP] tiles; unused without AMX
+    long M, K;
+} Input;
+
+typedef float Sums[SIDE][SIDE];  // [output, row]
+
+static long groups_of(long M) { return (M + SIDE - 1) / SIDE; }
+
+// ---- sums of one strip and one group
+
+#ifdef __AMX_BF16__
+
+enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+
+static int prepare(void) { return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0; }
+
+static void begin(void) {
+    struct { uint8_t palette, start, zero[14]; uint16_t width[16]; uint8_t height[16]; } shape = {.palette = 1};
+    for (int t = 0; t < 8; t++) { shape.width[t] = 64; shape.height[t] = SIDE; }
+    __asm__ volatile("ldtilecfg %0" ::"m"(shape) : "memory");
+}
+
+static void end(void) { _tile_release(); }
+
+// One group of rows to the tiles [K / STEP][pair of inputs][row]; rows that are not there are zeros.
+static void pack_group(const Input *in, long group, char *tiles) {
+    long M = in->M - group * SIDE < SIDE ? in->M - group * SIDE : SIDE;
+    const __m512i pairs = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                             _mm512_set1_epi32(SIDE));
+    if (M < SIDE) memset(tiles, 0, in->K / STEP * TILE);
+    for (long m = 0; m < M; m++) {
+        const bf16 *row = in->rows + (group * SIDE + m) * in->K;
+        for (long k = 0; k < in->K / STEP; k++)
+            _mm512_i32scatter_epi32(tiles + k * TILE + m * 4, pairs, _mm512_loadu_si512(row + k * STEP), 4);
+    }
+}
+
+// Sums of strips w0 and w1 with groups `group` and, if there is a second, the next: sums[strip + 2 * group].
+static void block(const Input *in, long group, int second, const bf16 *w0, const bf16 *w1, Sums *sums) {
+    long steps = in->K / STEP, stride = in->K * sizeof(bf16);
+    const char *x0 = in->tiles + group * steps * TILE, *x1 = x0 + steps * TILE;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (long k = 0; k < steps; k++) {
+        for (int r = 0; r < SIDE; r++) {
+            _mm_prefetch((const char *)(w0 + r * in->K + k * STEP) + AHEAD, _MM_HINT_T1);
+            _mm_prefetch((const char *)(w1 + r * in->K + k * STEP) + AHEAD, _MM_HINT_T1);
+        }
+        _tile_loadd(4, w0 + k * STEP, stride);
+        _tile_loadd(5, w1 + k * STEP, stride);
+        _tile_loadd(6, x0 + k * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (second) {
+            _tile_loadd(7, x1 + k * TILE, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    if (second) { _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64); }
+}
+
+#else
+
+static int prepare(void) { return 1; }
+static void begin(void) {}
+static void end(void) {}
+static void pack_group(const Input *in, long group, char *tiles) { (void)in; (void)group; (void)tiles; }
+
+static inline __attribute__((always_inline)) void dots(const bf16 *x, const bf16 *w, long K, float *out, const int M) {
+    __m512 even[M], odd[M];
+    for (int m = 0; m < M; m++) even[m] = odd[m] = _mm512_setzero_ps();
+    for (long k = 0; k < K; k += STEP) {
+        _mm_prefetch((const char *)(w + k) + AHEAD, _MM_HINT_T1);
+        _mm_prefetch((const char *)(w + K + k) + AHEAD, _MM_HINT_T1);
+        __m512bh a = (__m512bh)_mm512_loadu_si512(w + k), b = (__m512bh)_mm512_loadu_si512(w + K + k);
+        for (int m = 0; m < M; m++) {
+            __m512bh v = (__m512bh)_mm512_loadu_si512(x + m * K + k);
+            even[m] = _mm512_dpbf16_ps(even[m], a, v);
+            odd[m] = _mm512_dpbf16_ps(odd[m], b, v);
+        }
+    }
+    for (int m = 0; m < M; m++) { out[m] = _mm512_reduce_add_ps(even[m]); out[SIDE + m] = _mm512_reduce_add_ps(odd[m]); }
+}
+
+static void strip(const bf16 *x, long M, const bf16 *w, long K, Sums sums) {
+    for (int n = 0; n < SIDE; n += 2)
+        for (long m = 0; m < M;) {
+            const bf16 *from = x + m * K, *row = w + n * K;
+            float *to = &sums[n][m];
+            if (M - m >= 8) { dots(from, row, K, to, 8); m += 8; }
+            else if (M - m >= 4) { dots(from, row, K, to, 4); m += 4; }
+            else if (M - m >= 2) { dots(from, row, K, to, 2); m += 2; }
+            else { dots(from, row, K, to, 1); m += 1; }
+        }
+}
+
+static void block(const Input *in, long group, int second, const bf16 *w0, const bf16 *w1, Sums *sums) {
+    for (int g = 0; g <= second; g++) {
+        long first = (group + g) * SIDE, M = in->M - first < SIDE ? in->M - first : SIDE;
+        strip(in->rows + first * in->K, M, w0, in->K, sums[2 * g]);
+        if (w1 != w0) strip(in->rows + first * in->K, M, w1, in->K, sums[2 * g + 1]);
+    }
+}
+
+#endif
+
+// ---- from sums to bfloat16
+
+static __m512 column(const Sums sums, long m) {
+    const __m512i rows = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
+    return _mm512_i32gather_ps(rows, &sums[0][m], 4);
+}
+
+static void store(bf16 *to, __m512 v) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(v)); }
+
+static __m512 rounded(__m512 v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)), 16));
+}
+
+// exp by 2^n · 2^f with a polynomial for 2^f, |f| <= 1/2; relative error below 2e-7.
+static __m512 exp512(__m512 v) {
+    v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
+    __m512 t = _mm512_mul_ps(v, _mm512_set1_ps(1.44269504089f));
+    __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v);
+    f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
+    const float terms[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    __m512 p = _mm512_set1_ps(terms[0]);
+    for (int i = 1; i < 6; i++) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(terms[i]));
+    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(f, f), p, f), _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+// silu(gate) · up, rounded wherever the reference's operations round.
+static __m512 swiglu(__m512 gate, __m512 up) {
+    gate = rounded(gate);
+    __m512 one = _mm512_set1_ps(1.0f), e = exp512(_mm512_sub_ps(_mm512_setzero_ps(), gate));
+    return _mm512_mul_ps(rounded(_mm512_div_ps(gate, _mm512_add_ps(one, e))), rounded(up));
+}
+
+// ---- work of all threads
+
+// Memory of the calling thread that grows and stays.
+static char *scratch(int which, size_t bytes) {
+    static __thread struct { char *at; size_t bytes; } kept[2];
+    if (kept[which].bytes < bytes) {
+        free(kept[which].at);
+        kept[which].bytes = bytes + bytes / 2;
+        kept[which].at = aligned_alloc(64, (kept[which].bytes + 63) / 64 * 64);
+    }
+    return kept[which].at;
+}
+
+static long share(long items, int thread, int threads) { return items * thread / threads; }
+
+// y[M, N] = x[M, K] w[N, K]^T
+static void strips(const Input *in, const bf16 *w, bf16 *y, long N, long from, long to) {
+    Sums sums[4];
+    for (long pair = from; pair < to; pair++) {
+        long n = pair * 2 * SIDE;
+        int both = n + SIDE < N;
+        const bf16 *w0 = w + n * in->K, *w1 = both ? w0 + SIDE * in->K : w0;
+        for (long group = 0; group < groups_of(in->M); group += 2) {
+            int second = group + 1 < groups_of(in->M);
+            block(in, group, second, w0, w1, sums);
+            for (long m = group * SIDE; m < in->M && m < (group + 2) * SIDE; m++) {
+                int at = m / SIDE == group ? 0 : 2;
+                store(y + m * N + n, column(sums[at], m % SIDE));
+                if (both) store(y + m * N + n + SIDE, column(sums[at + 1], m % SIDE));
+            }
+        }
+    }
+}
+
+// h[M, F] = silu(x gate^T) · (x up^T), gate and up being the halves of w[2F, K]
+static void gated_strips(const Input *in, const bf16 *w, bf16 *h, long F, long from, long to) {
+    Sums sums[4];
+    for (long f = from * SIDE; f < to * SIDE; f += SIDE)
+        for (long group = 0; group < groups_of(in->M); group += 2) {
+            block(in, group, group + 1 < groups_of(in->M), w + f * in->K, w + (F + f) * in->K, sums);
+            for (long m = group * SIDE; m < in->M && m < (group + 2) * SIDE; m++) {
+                int at = m / SIDE == group ? 0 : 2;
+                store(h + m * F + f, swiglu(column(sums[at], m % SIDE), column(sums[at + 1], m % SIDE)));
+            }
+        }
+}
+
+static void pack_share(const Input *inputs, long num, int thread, int threads) {
+#ifdef __AMX_BF16__
+    long total = 0, at = 0;
+    for (long i = 0; i < num; i++) total += groups_of(inputs[i].M);
+    long from = share(total, thread, threads), to = share(total, thread + 1, threads);
+    for (long i = 0; i < num; at += groups_of(inputs[i].M), i++)
+        for (long g = 0; g < groups_of(inputs[i].M); g++)
+            if (at + g >= from && at + g < to)
+                pack_group(&inputs[i], g, (char *)inputs[i].tiles + g * (inputs[i].K / STEP) * TILE);
+#pragma omp barrier
+#endif
+    (void)pack_group;
+}
+
+int herd_prepare(void) { return prepare(); }
+
+void herd_linear(const bf16 *x, const bf16 *w, bf16 *y, long M, long N, long K, int threads) {
+    Input in = {x, scratch(0, groups_of(M) * (K / STEP) * TILE), M, K};
+    long pairs = (N / SIDE + 1) / 2;
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = omp_get_thread_num(), all = omp_get_num_threads();
+        pack_share(&in, 1, thread, all);
+        begin();
+        strips(&in, w, y, N, share(pairs, thread, all), share(pairs, thread + 1, all));
+        end();
+    }
+}
+
+// Feed-forward networks of E experts on rows that stand expert by expert: counts[e] rows of x[sum of counts, H] belong to
+// gate_up[e] ([2F, H]) and down[e] ([H, F]); y as x.
+void herd_ffn(const bf16 *x, bf16 *y, const long *counts, const bf16 *const *gate_up, const bf16 *const *down,
+              long E, long H, long F, int threads) {
+    Input in[E], mid[E];
+    long rows = 0, groups = 0;
+    for (long e = 0; e < E; e++) { rows += counts[e]; groups += groups_of(counts[e]); }
+    char *space = scratch(0, groups * (H / STEP + F / STEP) * TILE);
+    bf16 *h = (bf16 *)scratch(1, rows * F * sizeof(bf16));
+    for (long e = 0, row = 0, group = 0; e < E; row += counts[e], group += groups_of(counts[e]), e++) {
+        in[e] = (Input){x + row * H, space + group * (H / STEP) * TILE, counts[e], H};
+        mid[e] = (Input){h + row * F, space + groups * (H / STEP) * TILE + group * (F / STEP) * TILE, counts[e], F};
+    }
+    long wide = F / SIDE, pairs = (H / SIDE + 1) / 2;
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = omp_get_thread_num(), all = omp_get_num_threads();
+        pack_share(in, E, thread, all);
+        begin();
+        for (long item = share(E * wide, thread, all), last = share(E * wide, thread + 1, all); item < last;) {
+            long e = item / wide, until = last < (e + 1) * wide ? last : (e + 1) * wide;
+            gated_strips(&in[e], gate_up[e], (bf16 *)mid[e].rows, F, item - e * wide, until - e * wide);
+            item = until;
+        }
+#pragma omp barrier
+        pack_share(mid, E, thread, all);
+        for (long item = share(E * pairs, thread, all), last = share(E * pairs, thread + 1, all); item < last;) {
+            long e = item / pairs, until = last < (e + 1) * pairs ? last : (e + 1) * pairs;
+            strips(&mid[e], down[e], y + (in[e].rows - x), H, item - e * pairs, until - e * pairs);
+            item = until;
+        }
+        end();
+    }
+}

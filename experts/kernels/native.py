@@ -1,0 +1,103 @@
+"""Products of few bfloat16 rows by `few_rows.c`; everything else by torch.
+
+Shape letters as in `experts.arithmetic`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from experts.arithmetic import Arithmetic, PlainArithmetic, TiledArithmetic
+from experts.ffn import ExpertWeights
+from experts.kernels.compiler import cpu_flags, load
+
+MAX_ROWS = 64
+"""Torch's product is as fast from about here on."""
+MAX_ROWS_PER_EXPERT = 128
+STRIP, STEP = 16, 32
+
+
+def choose_arithmetic(
+    dtype: torch.dtype, device: torch.device, *, deterministic: bool = False, widths: Sequence[int] = ()
+) -> Arithmetic:
+    """The fastest way that this machine has; with `deterministic`, the one whose bits depend on nothing but the row.
+
+    `widths` are those of the model's rows.
+    """
+    if deterministic:
+        return TiledArithmetic(widths)
+    library = _library() if dtype is torch.bfloat16 and device.type == "cpu" else None
+    return PlainArithmetic() if library is None else NativeArithmetic(library)
+
+
+class NativeArithmetic:
+    """Reads a weight matrix about twice as fast as torch where rows are few."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._plain = PlainArithmetic()
+
+    def linear(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+        (num_rows, num_in), num_out = x_TK.shape, weight_NK.shape[0]
+        if num_rows > MAX_ROWS or num_in % STEP or num_out % STRIP or not weight_NK.is_contiguous():
+            return self._plain.linear(x_TK, weight_NK)
+        x_TK = x_TK.contiguous()
+        y_TN = x_TK.new_empty((num_rows, num_out))
+        self._library.herd_linear(
+            x_TK.data_ptr(),
+            weight_NK.data_ptr(),
+            y_TN.data_ptr(),
+            num_rows,
+            num_out,
+            num_in,
+            torch.get_num_threads(),
+        )
+        return y_TN
+
+    def ffn(self, rows_RH: torch.Tensor, counts: Sequence[int], experts: Sequence[ExpertWeights]) -> torch.Tensor:
+        hidden, width = rows_RH.shape[1], experts[0].down_HF.shape[1]
+        shape = (2 * width, hidden)
+        fits = max(counts) <= MAX_ROWS_PER_EXPERT and not hidden % STEP and not width % STEP
+        if not fits or any(weights.gate_up_FH.shape != shape for weights in experts):
+            return self._plain.ffn(rows_RH, counts, experts)
+        rows_RH = rows_RH.contiguous()
+        y_RH = torch.empty_like(rows_RH)
+        num = len(experts)
+        self._library.herd_ffn(
+            rows_RH.data_ptr(),
+            y_RH.data_ptr(),
+            (ctypes.c_long * num)(*counts),
+            (ctypes.c_void_p * num)(*(weights.gate_up_FH.data_ptr() for weights in experts)),
+            (ctypes.c_void_p * num)(*(weights.down_HF.data_ptr() for weights in experts)),
+            num,
+            hidden,
+            width,
+            torch.get_num_threads(),
+        )
+        return y_RH
+
+    def by_rows(
+        self, function: Callable[..., tuple[torch.Tensor, ...]], *rows: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        return function(*rows)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where the CPU or the compiler lacks something."""
+    if not {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"} <= cpu_flags():
+        return None
+    library = load(Path(__file__).with_name("few_rows.c"))
+    if library is None or not library.herd_prepare():
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    library.herd_linear.argtypes = [pointer, pointer, pointer, number, number, number, ctypes.c_int]
+    library.herd_linear.restype = None
+    library.herd_ffn.argtypes = [pointer, pointer, pointer, pointer, pointer, number, number, number, ctypes.c_int]
+    library.herd_ffn.restype = None
+    return library

@@ -1,0 +1,201 @@
+"""Attention of queries over stored keys and values, in three ways that equal each other up to rounding.
+
+`PlainAttend` says what is computed, `FlashAttend` reads the store in place, `TiledAttend` gives bits that depend on
+nothing but a query and the keys before it.
+Shape letters: T packed tokens, n tokens of one span, m visible keys, S slots, N query heads, G key/value heads,
+D head dimension, Q queries of a tile, K keys of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from router.model.kv_store import gather
+from router.model.spans import Runs, Span, clip_runs, num_slots
+
+
+class Attend(Protocol):
+    """Causal attention of every span over its own runs of the store."""
+
+    def __call__(
+        self,
+        query_TND: torch.Tensor,
+        keys_SGD: torch.Tensor,
+        values_SGD: torch.Tensor,
+        spans: Sequence[Span],
+        chunked: bool,
+    ) -> torch.Tensor:
+        """Mixed values [T, N, D]. The spans' own keys and values are in the store already."""
+        ...
+
+
+class PlainAttend:
+    """Gathers each span's keys and values and leaves the rest to torch."""
+
+    def __call__(
+        self,
+        query_TND: torch.Tensor,
+        keys_SGD: torch.Tensor,
+        values_SGD: torch.Tensor,
+        spans: Sequence[Span],
+        chunked: bool,
+    ) -> torch.Tensor:
+        mixed_TND = torch.empty_like(query_TND)
+        for span in spans:
+            runs = span.runs(chunked)
+            mixed_TND[span.rows] = _causal(query_TND[span.rows], gather(keys_SGD, runs), gather(values_SGD, runs))
+        return mixed_TND
+
+
+def _causal(query_nND: torch.Tensor, key_mGD: torch.Tensor, value_mGD: torch.Tensor) -> torch.Tensor:
+    """The last query sees every key and each earlier one sees one key less."""
+    num_queries, num_keys = query_nND.shape[0], key_mGD.shape[0]
+    mask = None
+    if 1 < num_queries < num_keys:
+        ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_nND.device)
+        mask = ones.tril(diagonal=num_keys - num_queries)
+    mixed = F.scaled_dot_product_attention(
+        query_nND.transpose(0, 1).unsqueeze(0),
+        key_mGD.transpose(0, 1).unsqueeze(0),
+        value_mGD.transpose(0, 1).unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None and num_queries > 1,
+        enable_gqa=True,
+    )
+    return mixed.squeeze(0).transpose(0, 1)
+
+
+class FlashAttend:
+    """Torch's fused attention for CPUs over views of the store, run by run, joined by their log-sum-exps.
+
+    Nothing is copied, and no mask is made: what a span sees is all of the past and the causal part of itself.
+    """
+
+    def __call__(
+        self,
+        query_TND: torch.Tensor,
+        keys_SGD: torch.Tensor,
+        values_SGD: torch.Tensor,
+        spans: Sequence[Span],
+        chunked: bool,
+    ) -> torch.Tensor:
+        mixed_TND = torch.empty_like(query_TND)
+        for span in spans:
+            query_nND = query_TND[span.rows]
+            if span.count == 1:
+                mixed_TND[span.rows] = _decode(query_nND, keys_SGD, values_SGD, span.runs(chunked))
+            else:
+                mixed_TND[span.rows] = _prefill(query_nND, keys_SGD, values_SGD, span, chunked)
+        return mixed_TND
+
+
+_Part = tuple[torch.Tensor, torch.Tensor]
+"""Mixed values and the log-sum-exp of the scores behind them, [heads, queries, D] and [heads, queries]."""
+
+
+def _flash(query_hqD: torch.Tensor, key_GmD: torch.Tensor, value_GmD: torch.Tensor, *, causal: bool) -> _Part:
+    mixed, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query_hqD.unsqueeze(0), key_GmD.unsqueeze(0), value_GmD.unsqueeze(0), is_causal=causal
+    )
+    return mixed.squeeze(0), log_sum.squeeze(0)
+
+
+def _decode(query_1ND: torch.Tensor, keys_SGD: torch.Tensor, values_SGD: torch.Tensor, runs: Runs) -> torch.Tensor:
+    """One query. The heads that share keys are taken as queries of one head, so that keys are read once."""
+    num_groups = keys_SGD.shape[1]
+    query_GqD = query_1ND.view(num_groups, -1, query_1ND.shape[-1])
+    return _join([_over(query_GqD, keys_SGD, values_SGD, run) for run in runs]).reshape(query_1ND.shape)
+
+
+def _prefill(
+    query_nND: torch.Tensor, keys_SGD: torch.Tensor, values_SGD: torch.Tensor, span: Span, chunked: bool
+) -> torch.Tensor:
+    query_NnD = query_nND.transpose(0, 1)
+    own = span.own(chunked)
+    parts = [_over(query_NnD, keys_SGD, values_SGD, run) for run in span.past(chunked)]
+    key, value = (gather(whole, own).transpose(0, 1) for whole in (keys_SGD, values_SGD))
+    parts.append(_flash(query_NnD, key, value, causal=True))
+    return _join(parts).transpose(0, 1)
+
+
+def _over(query_hqD: torch.Tensor, keys_SGD: torch.Tensor, values_SGD: torch.Tensor, run: range) -> _Part:
+    key, value = (whole[run.start : run.stop].transpose(0, 1) for whole in (keys_SGD, values_SGD))
+    return _flash(query_hqD, key, value, causal=False)
+
+
+def _join(parts: Sequence[_Part]) -> torch.Tensor:
+    """Attention over all keys from attention over parts of them."""
+    if len(parts) == 1:
+        return parts[0][0]
+    mixed_phqD = torch.stack([mixed for mixed, _ in parts])
+    weight_phq = torch.softmax(torch.stack([log_sum for _, log_sum in parts]), dim=0)
+    return (mixed_phqD.float() * weight_phq.unsqueeze(-1)).sum(dim=0).to(mixed_phqD.dtype)
+
+
+TILE = 64
+
+
+class TiledAttend:
+    """Tiles of queries and blocks of keys whose places in the sequence are fixed, and one order of blocks.
+
+    A row of a tile is the same bits whatever the other rows hold, and a block that a query does not see changes
+    nothing of its sums. Needs one thread.
+    """
+
+    def __call__(
+        self,
+        query_TND: torch.Tensor,
+        keys_SGD: torch.Tensor,
+        values_SGD: torch.Tensor,
+        spans: Sequence[Span],
+        chunked: bool,
+    ) -> torch.Tensor:
+        mixed_TND = torch.empty_like(query_TND)
+        for span in spans:
+            runs = span.runs(chunked)
+            end = num_slots(runs)
+            first = end - span.count
+            for start in range(first // TILE * TILE, end, TILE):
+                here = range(max(start, first), min(start + TILE, end))
+                rows = slice(span.row + here.start - first, span.row + here.stop - first)
+                tile_QND = query_TND.new_zeros((TILE, *query_TND.shape[1:]))
+                tile_QND[here.start - start : here.stop - start] = query_TND[rows]
+                mixed_QND = _attend_tile(tile_QND, keys_SGD, values_SGD, clip_runs(runs, here.stop), start)
+                mixed_TND[rows] = mixed_QND[here.start - start : here.stop - start]
+        return mixed_TND
+
+
+def _attend_tile(
+    query_QND: torch.Tensor, keys_SGD: torch.Tensor, values_SGD: torch.Tensor, runs: Runs, start: int
+) -> torch.Tensor:
+    """Mixed values [Q, N, D] of queries at positions `start` … `start` + Q − 1 of the sequence that `runs` hold."""
+    shape = query_QND.shape
+    query_NQD = query_QND.float().transpose(0, 1).contiguous() / math.sqrt(shape[-1])
+    position_Q = start + torch.arange(TILE, device=query_QND.device)
+    largest_NQ1 = query_NQD.new_full((shape[1], TILE, 1), float("-inf"))
+    total_NQ1 = torch.zeros_like(largest_NQ1)
+    mixed_NQD = torch.zeros_like(query_NQD)
+    key_NmD, value_NmD = (_block_rows(whole, runs, shape[1]) for whole in (keys_SGD, values_SGD))
+    for block in range(0, key_NmD.shape[1], TILE):
+        key_NKD, value_NKD = (whole[:, block : block + TILE].contiguous() for whole in (key_NmD, value_NmD))
+        score_NQK = torch.bmm(query_NQD, key_NKD.transpose(1, 2))
+        visible_QK = block + torch.arange(TILE, device=query_QND.device) <= position_Q[:, None]
+        score_NQK = score_NQK.masked_fill(~visible_QK, float("-inf"))
+        new_NQ1 = torch.maximum(largest_NQ1, score_NQK.amax(dim=-1, keepdim=True))
+        scale_NQ1, share_NQK = torch.exp(largest_NQ1 - new_NQ1), torch.exp(score_NQK - new_NQ1)
+        total_NQ1 = total_NQ1 * scale_NQ1 + share_NQK.sum(dim=-1, keepdim=True)
+        mixed_NQD = mixed_NQD * scale_NQ1 + torch.bmm(share_NQK, value_NKD)
+        largest_NQ1 = new_NQ1
+    return (mixed_NQD / total_NQ1).transpose(0, 1).to(query_QND.dtype)
+
+
+def _block_rows(whole_SGD: torch.Tensor, runs: Runs, num_heads: int) -> torch.Tensor:
+    """float32 [N, m, D] of the slots in `runs`, filled up with zeros to whole blocks."""
+    rows_mGD = gather(whole_SGD, runs).float()
+    filled = F.pad(rows_mGD, (0, 0, 0, 0, 0, -rows_mGD.shape[0] % TILE))
+    return filled.transpose(0, 1).repeat_interleave(num_heads // rows_mGD.shape[1], dim=0)

@@ -1,0 +1,47 @@
+"""Keys and values of every layer. Which slots belong to which request is decided elsewhere.
+
+Shape letters: T packed tokens, S slots, m visible keys, G key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from experts.config import ModelConfig
+from router.model.spans import Runs
+
+
+class KVStore:
+    """A *slot* holds keys and values of one token; chunked layers have slots of their own, fewer than the others."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_global_slots: int,
+        num_local_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        # Not zeroed: a slot is only read once it was written, and pages of a CPU's memory are taken when first touched.
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for chunked in config.chunked_layers:
+            shape = (num_local_slots if chunked else num_global_slots, config.num_kv_heads, config.head_dim)
+            keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+            self._layers.append((keys, values))
+
+    def write(self, layer: int, slots_T: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor) -> None:
+        """Store keys and values of T tokens in their slots."""
+        keys, values = self._layers[layer]
+        keys.index_copy_(0, slots_T, key_TGD)
+        values.index_copy_(0, slots_T, value_TGD)
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [S, G, D] of all slots."""
+        return self._layers[layer]
+
+
+def gather(layer_SGD: torch.Tensor, runs: Runs) -> torch.Tensor:
+    """[m, G, D]: the slots of `runs` in their order; a view where they are one run."""
+    parts = [layer_SGD[run.start : run.stop] for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
