@@ -39,12 +39,11 @@ def needs(settings: ServeSettings, role: Role, num_cores: int | None = None) -> 
     Two processes that compute with two threads each on two cores stall each other, so only one that computes alone
     gets all cores. With several threads bits depend on where they cut the work.
     """
-    computes_alone = (
-        not settings.deterministic and role is Role.ROUTER and settings.transport == "local" and settings.routers == 1
-    )
+    computes_alone = role is Role.ROUTER and settings.transport == "local" and settings.routers == 1
+    cores = num_cores or os.cpu_count() or 1
     computes = role in (Role.HOST, Role.ROUTER)
     return Needs(
-        threads=threads,
+        threads=cores if computes_alone and not settings.deterministic else 1,
         num_gpus=1.0 if computes and settings.device == "cuda" else 0.0,
     )
 
