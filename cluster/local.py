@@ -26,8 +26,8 @@ from router.engine.images import ImageRules
 from router.engine.kv_cache import KVCache, KVLayout, plan_layout
 from router.engine.runner import ModelRunner, bytes_per_block
 from router.engine.scheduler import Scheduler, SchedulerConfig
+from router.kernels.native import choose_attend
 from router.local_experts import LocalExperts
-from router.model.attend import Attend, FlashAttend, PlainAttend, TiledAttend
 from router.model.decoder import Decoder, RoutedExperts
 from router.prompt.stop_ids import default_stop_ids
 
@@ -81,12 +81,6 @@ def load_local_experts(model: Model, settings: ServeSettings) -> LocalExperts:
     return LocalExperts({key: store.load(*key) for key in store.all_keys()}, choose_products(model, settings))
 
 
-def _choose_attend(settings: ServeSettings) -> Attend:
-    if settings.deterministic:
-        return TiledAttend()
-    return FlashAttend() if settings.device == "cpu" else PlainAttend()
-
-
 def build_engine(
     model: Model, settings: ServeSettings, experts: RoutedExperts, available: Callable[[frozenset[ExpertKey]], bool]
 ) -> Engine:
@@ -106,8 +100,9 @@ def build_engine(
     )
     device = torch.device(settings.device)
     trunk = load_trunk(model.checkpoint, model.config, model.dtype, device)
+    attend = choose_attend(model.dtype, device, deterministic=settings.deterministic)
     runner = ModelRunner(
-        Decoder(model.config, trunk, experts, choose_products(model, settings), _choose_attend(settings)),
+        Decoder(model.config, trunk, experts, choose_products(model, settings), attend),
         layout,
         eos_ids=sorted(model.eos_ids),
         images=_image_features(model, settings),

@@ -17,12 +17,18 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
+HEADER = Path(__file__).with_name("vector.h")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=gnu11", f"-I{HEADER.parent}")
 TIMEOUT_S = 60.0
+NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"})
+"""What our C files ask of a CPU."""
 
 
 def load(source: Path, *, cache_dir: Path | None = None, compiler: str = "cc") -> ctypes.CDLL | None:
     """The library made of `source`; None, with the reason in the log, where it cannot be had."""
+    if not cpu_flags() >= NEEDED:
+        log.info("%s is not used: this CPU lacks AVX512-BF16", source.name)
+        return None
     try:
         folder = cache_dir or _cache_dir()
         _make_private(folder)
@@ -59,7 +65,13 @@ def _make_private(folder: Path) -> None:
 
 def _fingerprint(source: Path, compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT_S).stdout
-    parts = [source.read_bytes(), version, " ".join(FLAGS).encode(), platform.machine().encode()]
+    parts = [
+        source.read_bytes(),
+        HEADER.read_bytes(),
+        version,
+        " ".join(FLAGS[:-1]).encode(),
+        platform.machine().encode(),
+    ]
     parts.append(" ".join(sorted(cpu_flags())).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 

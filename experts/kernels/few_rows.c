@@ -5,15 +5,13 @@
 // that no other row takes part in, so neither the number of rows nor that of threads changes a bit of it.
 //
 // Letters: M rows, N outputs, K inputs, E experts, F their width, H hidden size.
-#include <immintrin.h>
 #include <omp.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-typedef uint16_t bf16;
+#include "vector.h"
 
 enum {
     SIDE = 16,          // a strip of the matrix and a group of rows: one tile has SIDE x SIDE sums
@@ -139,26 +137,6 @@ static __m512 column(const Sums sums, long m) {
     return _mm512_i32gather_ps(rows, &sums[0][m], 4);
 }
 
-static void store(bf16 *to, __m512 v) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(v)); }
-
-static __m512 rounded(__m512 v) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)), 16));
-}
-
-// exp by 2^n · 2^f with a polynomial for 2^f, |f| <= 1/2; relative error below 2e-7.
-static __m512 exp512(__m512 v) {
-    v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
-    __m512 t = _mm512_mul_ps(v, _mm512_set1_ps(1.44269504089f));
-    __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v);
-    f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
-    const float terms[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-    __m512 p = _mm512_set1_ps(terms[0]);
-    for (int i = 1; i < 6; i++) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(terms[i]));
-    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(f, f), p, f), _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
-
 // silu(gate) · up, rounded wherever the reference's operations round.
 static __m512 swiglu(__m512 gate, __m512 up) {
     gate = rounded(gate);
@@ -213,8 +191,8 @@ static void gated_strips(const Input *in, const bf16 *w, bf16 *h, long F, long f
         }
 }
 
+// This thread's share of the tiles of all inputs; every thread passes here before any goes on.
 static void pack_share(const Input *inputs, long num, int thread, int threads) {
-#ifdef __AMX_BF16__
     long total = 0, at = 0;
     for (long i = 0; i < num; i++) total += groups_of(inputs[i].M);
     long from = share(total, thread, threads), to = share(total, thread + 1, threads);
@@ -223,8 +201,6 @@ static void pack_share(const Input *inputs, long num, int thread, int threads) {
             if (at + g >= from && at + g < to)
                 pack_group(&inputs[i], g, (char *)inputs[i].tiles + g * (inputs[i].K / STEP) * TILE);
 #pragma omp barrier
-#endif
-    (void)pack_group;
 }
 
 int herd_prepare(void) { return prepare(); }

@@ -14,7 +14,7 @@ import torch
 
 from experts.arithmetic import Arithmetic, PlainArithmetic, TiledArithmetic
 from experts.ffn import ExpertWeights
-from experts.kernels.compiler import cpu_flags, load
+from experts.kernels.compiler import load
 
 MAX_ROWS = 64
 """Torch's product is as fast from about here on."""
@@ -90,8 +90,6 @@ class NativeArithmetic:
 @cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels; None where the CPU or the compiler lacks something."""
-    if not {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"} <= cpu_flags():
-        return None
     library = load(Path(__file__).with_name("few_rows.c"))
     if library is None or not library.herd_prepare():
         return None

@@ -85,13 +85,25 @@ class FlashAttend:
         chunked: bool,
     ) -> torch.Tensor:
         mixed_TND = torch.empty_like(query_TND)
+        self.fill(mixed_TND, query_TND, keys_SGD, values_SGD, spans, chunked)
+        return mixed_TND
+
+    def fill(
+        self,
+        mixed_TND: torch.Tensor,
+        query_TND: torch.Tensor,
+        keys_SGD: torch.Tensor,
+        values_SGD: torch.Tensor,
+        spans: Sequence[Span],
+        chunked: bool,
+    ) -> None:
+        """Write the rows of `spans` in `mixed_TND`."""
         for span in spans:
             query_nND = query_TND[span.rows]
             if span.count == 1:
                 mixed_TND[span.rows] = _decode(query_nND, keys_SGD, values_SGD, span.runs(chunked))
             else:
                 mixed_TND[span.rows] = _prefill(query_nND, keys_SGD, values_SGD, span, chunked)
-        return mixed_TND
 
 
 _Part = tuple[torch.Tensor, torch.Tensor]
@@ -108,7 +120,7 @@ def _flash(query_hqD: torch.Tensor, key_GmD: torch.Tensor, value_GmD: torch.Tens
 def _decode(query_1ND: torch.Tensor, keys_SGD: torch.Tensor, values_SGD: torch.Tensor, runs: Runs) -> torch.Tensor:
     """One query. The heads that share keys are taken as queries of one head, so that keys are read once."""
     num_groups = keys_SGD.shape[1]
-    query_GqD = query_1ND.view(num_groups, -1, query_1ND.shape[-1])
+    query_GqD = query_1ND.reshape(num_groups, -1, query_1ND.shape[-1])
     return _join([_over(query_GqD, keys_SGD, values_SGD, run) for run in runs]).reshape(query_1ND.shape)
 
 

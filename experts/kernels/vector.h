@@ -1,0 +1,28 @@
+// Vectors of 16 floats and their bfloat16 forms.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+
+typedef uint16_t bf16;
+
+static inline void store(bf16 *to, __m512 v) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(v)); }
+
+static inline __m512 widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+
+static inline __m512 load(const bf16 *from) { return widen(_mm256_loadu_si256((const __m256i *)from)); }
+
+// As a bfloat16 would have it.
+static inline __m512 rounded(__m512 v) { return widen((__m256i)_mm512_cvtneps_pbh(v)); }
+
+// e^v as 2^n · e^f with f within ln 2 / 2 of zero and a polynomial for e^f (Cephes' expf); relative error below 2e-7.
+static inline __m512 exp512(__m512 v) {
+    v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504089f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v);
+    f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
+    const float terms[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    __m512 p = _mm512_set1_ps(terms[0]);
+    for (int i = 1; i < 6; i++) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(terms[i]));
+    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(f, f), p, f), _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
