@@ -16,9 +16,9 @@ from experts.arithmetic import Arithmetic, PlainArithmetic, TiledArithmetic
 from experts.ffn import ExpertWeights
 from experts.kernels.compiler import load
 
-MAX_ROWS = 64
+MAX_ROWS = 256
 """Torch's product is as fast from about here on."""
-MAX_ROWS_PER_EXPERT = 128
+MAX_ROWS_PER_EXPERT = 512
 STRIP, STEP = 16, 32
 
 
