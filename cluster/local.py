@@ -20,7 +20,7 @@ from experts.placement import ExpertKey
 from experts.weights import ExpertStore
 from experts.wire.codec import LinkTerms
 from router.checkpoint import load_trunk, load_vision
-from router.engine.engine import Engine
+from router.engine.engine import Engine, Runner
 from router.engine.image_features import MAX_TILES_AT_ONCE, ImageFeatures
 from router.engine.images import ImageRules
 from router.engine.kv_cache import KVCache, KVLayout, plan_layout
@@ -28,7 +28,7 @@ from router.engine.runner import ModelRunner, bytes_per_block
 from router.engine.scheduler import Scheduler, SchedulerConfig
 from router.kernels.native import choose_attend
 from router.local_experts import LocalExperts
-from router.model.decoder import Decoder, RoutedExperts
+from router.model.decoder import Decoder, Meter, RoutedExperts
 from router.prompt.stop_ids import default_stop_ids
 
 BLOCK_SIZE = 16
@@ -82,9 +82,18 @@ def load_local_experts(model: Model, settings: ServeSettings) -> LocalExperts:
 
 
 def build_engine(
-    model: Model, settings: ServeSettings, experts: RoutedExperts, available: Callable[[frozenset[ExpertKey]], bool]
+    model: Model,
+    settings: ServeSettings,
+    experts: RoutedExperts,
+    available: Callable[[frozenset[ExpertKey]], bool],
+    *,
+    meter: Meter | None = None,
+    wrap: Callable[[Runner], Runner] = lambda runner: runner,
 ) -> Engine:
-    """Load trunk and vision tower and put an engine around them, not started. Raises CheckpointError, InvalidInput."""
+    """Load trunk and vision tower and put an engine around them, not started. Raises CheckpointError, InvalidInput.
+
+    `meter` and `wrap` let a bench look on.
+    """
     layout = plan_kv(model, settings)
     capacity = layout.capacity_tokens(model.config.max_position)
     scheduler = Scheduler(
@@ -102,14 +111,14 @@ def build_engine(
     trunk = load_trunk(model.checkpoint, model.config, model.dtype, device)
     attend = choose_attend(model.dtype, device, deterministic=settings.deterministic)
     runner = ModelRunner(
-        Decoder(model.config, trunk, experts, choose_products(model, settings), attend),
+        Decoder(model.config, trunk, experts, choose_products(model, settings), attend, meter),
         layout,
         eos_ids=sorted(model.eos_ids),
         images=_image_features(model, settings),
     )
     return Engine(
         scheduler=scheduler,
-        runner=runner,
+        runner=wrap(runner),
         vocab_size=model.config.vocab_size,
         available=available,
         image_rules=_image_rules(model.config),

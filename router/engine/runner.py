@@ -73,7 +73,8 @@ class ModelRunner:
         sampled: dict[str, int | None] = {}
         lost: dict[str, frozenset[ExpertKey]] = {}
         for share, output in zip(shares, outputs, strict=True):
-            sampled |= self._sample(share, output)
+            with self._decoder.meter.time("sampling"):
+                sampled |= self._sample(share, output)
             lost |= {share[index].request.request_id: missing for index, missing in output.lost.items()}
         return StepOutcome(
             sampled={name: token for name, token in sampled.items() if token is not None},

@@ -8,6 +8,7 @@ Shape letters: T packed tokens, P rows that are patches of images, S sampled row
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -40,6 +41,19 @@ class RoutedExperts(Protocol):
     what else is under way. Rows whose experts are away come back as `Combined.lost`, never as a guess."""
 
     def dispatch(self, layer: int, x_TH: torch.Tensor, routing: Routing) -> Pending: ...
+
+
+class Meter(Protocol):
+    """Told which part of a step runs; whoever cares keeps the time."""
+
+    def time(self, part: str) -> AbstractContextManager[None]: ...
+
+
+class NoMeter:
+    """Nobody cares."""
+
+    def time(self, part: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +114,14 @@ class Decoder:
         experts: RoutedExperts,
         arithmetic: Arithmetic | None = None,
         attend: Attend | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
         self.experts = experts
         self._arithmetic = arithmetic or PlainArithmetic()
         self._attend = attend or PlainAttend()
+        self.meter = meter or NoMeter()
         self._inverse_frequency = inverse_frequencies(config).to(weights.device)
 
     def forward(self, batch: PackedBatch, store: KVStore) -> Forward:
@@ -121,7 +137,8 @@ class Decoder:
         for layer, weights in enumerate(self.weights.layers):
             if not rows.live:
                 break
-            rows.x_TH = rows.x_TH + self._attention(layer, weights, rows, store)
+            with self.meter.time("attention"):
+                rows.x_TH = rows.x_TH + self._attention(layer, weights, rows, store)
             if weights.gate_EH is None:
                 [normed_TH] = self._arithmetic.by_rows(partial(self._normed, weights=weights), rows.x_TH)
                 rows.x_TH = rows.x_TH + self._ffn(weights, normed_TH)
@@ -150,7 +167,8 @@ class Decoder:
         return normed_TH, routing.expert_TK, routing.score_TK
 
     def _ffn(self, weights: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor:
-        return self._arithmetic.ffn(x_TH, (len(x_TH),), (weights.ffn,))
+        with self.meter.time("shared"):
+            return self._arithmetic.ffn(x_TH, (len(x_TH),), (weights.ffn,))
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         """Embeddings of the ids; patches of images take their features instead (early fusion)."""
