@@ -113,11 +113,19 @@ class ClusterBackend:
         sampling: SamplingParams,
         deadline: float,
         images: Sequence[ImageInput] = (),
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> EventStream:
         if self._view.draining:
             raise RouterLost("the cluster is shutting down")
         return self.pool.submit(
-            request_id=request_id, prompt_ids=prompt_ids, sampling=sampling, deadline=deadline, images=images
+            request_id=request_id,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            deadline=deadline,
+            images=images,
+            priority=priority,
+            cache_salt=cache_salt,
         )
 
     def ready(self) -> bool:

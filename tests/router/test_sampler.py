@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.engine.request import SamplingParams
-from router.engine.sampler import Draw, sample, uniform
+from router.engine.draw import Draw
+from router.engine.sampler import sample, uniform
 
 
 def draw(position: int = 0, banned: tuple[int, ...] = (), **fields: float) -> Draw:
