@@ -39,8 +39,10 @@ def _choose(logits_SV: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tenso
     """(ids chosen, whether that was possible). Writes into the logits."""
     adjust(logits_SV, draws)
     largest_S, chosen_S = logits_SV.max(dim=-1)
-    hot = [row for row, draw in enumerate(draws) if not draw.sampling.is_greedy]
+    possible_S = torch.isfinite(largest_S)
+    # A row without any possible token must not fail its neighbours.
+    hot = [row for row, fine in enumerate(possible_S.tolist()) if fine and not draws[row].sampling.is_greedy]
     if hot:
         uniforms = [uniform(draws[row].sampling.seed, draws[row].position) for row in hot]
         chosen_S[hot] = draw_tokens(logits_SV[hot], [draws[row].sampling for row in hot], uniforms)
-    return chosen_S, torch.isfinite(largest_S)
+    return chosen_S, possible_S

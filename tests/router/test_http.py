@@ -748,7 +748,7 @@ def test_openai_client_completions_and_models() -> None:
         ([ExpertUnavailable([(1, 2)])], {}, openai.InternalServerError, "expert_unavailable"),
         ([], {"model": "gpt-9"}, openai.NotFoundError, "model_not_found"),
         ([], {"max_tokens": 10_000}, openai.BadRequestError, "context_length_exceeded"),
-        ([], {"n": 2}, openai.BadRequestError, "unsupported_parameter"),
+        ([], {"tools": [{}]}, openai.BadRequestError, "unsupported_parameter"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
