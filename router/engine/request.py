@@ -88,8 +88,8 @@ class SamplingParams:
 def _check_range(field: str, value: float, low: float, high: float, *, above: bool = False) -> None:
     """`above`: `low` itself is out. NaN is in no range, and infinity in none either."""
     if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
-        upper = f" and at most {high}" if math.isfinite(high) else " and finite"
-        raise InvalidInput(field, value, f"must be {'greater than' if above else 'at least'} {low}{upper}")
+        upper = f" and at most {high:g}" if math.isfinite(high) else " and finite"
+        raise InvalidInput(field, value, f"must be {'greater than' if above else 'at least'} {low:g}{upper}")
 
 
 def _check_ids(field: str, ids: Sequence[int], most: int, vocab_size: int) -> None:
