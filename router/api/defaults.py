@@ -24,7 +24,7 @@ LEAST_PENALTY = 1e-6
 class ServingDefaults:
     """What a checkpoint wishes. `max_new_tokens` None is the rest of the context, `top_k` 0 keeps all tokens.
 
-    `unfollowed` says what of its generation config has no effect here, one sentence each.
+    `unfollowed` names the fields of its generation config that have no effect here, and what is to be said of them.
     """
 
     temperature: float = 1.0
@@ -34,7 +34,7 @@ class ServingDefaults:
     repetition_penalty: float = 1.0
     max_new_tokens: int | None = None
     eos_token_ids: frozenset[int] = frozenset()
-    unfollowed: tuple[str, ...] = ()
+    unfollowed: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def from_generation_config(

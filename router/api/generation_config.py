@@ -56,9 +56,9 @@ _NAMED: Mapping[str, tuple[object, ...]] = MappingProxyType(
 )
 
 
-def check_wishes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Sentences about fields that are set and have no effect. Raises CheckpointError for the first that would change
-    what is answered."""
+def check_wishes(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """(field, what is to be said of it) for fields that are set and have no effect. Raises CheckpointError for the
+    first that would change what is answered."""
     if not isinstance(config.get("do_sample"), bool | None):
         raise CheckpointError(f"{FILE}: do_sample", f"must be true or false, is {config['do_sample']!r:.80}")
     for name, neutral in _REFUSED.items():
@@ -66,7 +66,7 @@ def check_wishes(config: Mapping[str, Any]) -> tuple[str, ...]:
             problem = f"is {config[name]!r:.80}, which this server cannot follow; remove the field to serve without it"
             raise CheckpointError(f"{FILE}: {name}", problem)
     return tuple(
-        f"{name} {config[name]!r:.80} has no effect; requests and the context bound answers"
+        (name, f"is {config[name]!r:.80} and has no effect here: requests and the context bound answers")
         for name, neutral in _NAMED.items()
         if not _is_neutral(config.get(name), neutral)
     )

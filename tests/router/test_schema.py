@@ -536,8 +536,8 @@ def test_damaged_generation_configs_are_refused(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["max_length", "max_time", "num_return_sequences"])
 def test_harmless_wishes_are_named(name: str) -> None:
     defaults = ServingDefaults.from_generation_config({"do_sample": True, name: 4096})
-    [sentence] = defaults.unfollowed
-    assert sentence.startswith(f"{name} 4096")
+    [(field, problem)] = defaults.unfollowed
+    assert field == name and problem.startswith("is 4096 and has no effect")
 
 
 def test_wishes_for_nothing_are_followed() -> None:
