@@ -66,7 +66,9 @@ def check_folder(model_dir: Path) -> Report:
         _tried(findings, "a chat template that compiles", lambda: ChatTemplate.from_folder(model_dir, tokenizer))
     if tokenizer is not None and config is not None:
         findings += _id_findings(tokenizer, config)
-    _tried(findings, "defaults that can be followed", lambda: _defaults(model_dir))
+    defaults = _tried(findings, "defaults that can be followed", lambda: _defaults(model_dir))
+    if defaults is not None:
+        findings += _unfollowed_findings(defaults)
     if config is not None:
         findings += _stop_findings(model_dir, config)
     if config is not None and (vision := config.vision) is not None:
@@ -179,6 +181,14 @@ def _id_findings(tokenizer: Tokenizer, config: ModelConfig) -> Iterator[Finding]
 
 def _defaults(model_dir: Path) -> ServingDefaults:
     return ServingDefaults.from_generation_config(read_json(model_dir / GENERATION_FILE))
+
+
+def _unfollowed_findings(defaults: ServingDefaults) -> Iterator[Finding]:
+    for field, problem in defaults.unfollowed:
+        note = Severity.NOTE
+        yield Finding(
+            file=GENERATION_FILE, subject=field, expected="none", found=problem, severity=note, sentence=problem
+        )
 
 
 def _stop_findings(model_dir: Path, config: ModelConfig) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ Knows nothing of Ray. All routers together are one backend to the app.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -27,6 +28,8 @@ from router.prompt.chat import ChatTemplate
 from router.prompt.images.vision import Vision
 from router.prompt.stop_ids import GENERATION_FILE, default_stop_ids
 from router.prompt.tokenizer import Tokenizer, read_json
+
+log = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -113,11 +116,19 @@ class ClusterBackend:
         sampling: SamplingParams,
         deadline: float,
         images: Sequence[ImageInput] = (),
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> EventStream:
         if self._view.draining:
             raise RouterLost("the cluster is shutting down")
         return self.pool.submit(
-            request_id=request_id, prompt_ids=prompt_ids, sampling=sampling, deadline=deadline, images=images
+            request_id=request_id,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            deadline=deadline,
+            images=images,
+            priority=priority,
+            cache_salt=cache_salt,
         )
 
     def ready(self) -> bool:
@@ -164,12 +175,15 @@ def _http_app(
 ) -> Callable[[Message, Receive, Send], Awaitable[None]]:
     model_dir = settings.model_dir
     eos_ids = default_stop_ids(model_dir, backend.config.eos_token_ids)
+    defaults = ServingDefaults.from_generation_config(read_json(model_dir / GENERATION_FILE), eos_ids)
+    for field, problem in defaults.unfollowed:
+        log.warning("%s: %s %s", GENERATION_FILE, field, problem)
     return build_app(
         served_names=[settings.model_name],
         tokenizer=tokenizer,
         template=ChatTemplate.from_folder(model_dir, tokenizer),
         backend=backend,
-        defaults=ServingDefaults.from_generation_config(read_json(model_dir / GENERATION_FILE), eos_ids),
+        defaults=defaults,
         vision=vision,
         version=version,
         options=HttpOptions(request_timeout_s=settings.request_timeout_s),

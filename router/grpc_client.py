@@ -9,6 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
 
 from experts.errors import InvalidInput
 from experts.placement import RouterInfo
@@ -92,18 +93,22 @@ class RouterPool:
         sampling: SamplingParams,
         deadline: float,
         images: Sequence[ImageInput] = (),
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> AsyncGenerator[Event, None]:
         """Tokens 0, 1, 2, ... of the request and one FinishEvent, whatever happens to routers meanwhile.
 
-        `images` belong to the patch tokens of the prompt; every router that gets the request gets them. `deadline` is
-        a `time.monotonic()` instant. Raises Overloaded (every router is full), InvalidInput or ContextOverflow, all
+        `images` belong to the patch tokens of the prompt; every router that gets the request gets them. A lower
+        `priority` goes first; cached prefixes are shared between requests of the same `cache_salt`. `deadline` is a
+        `time.monotonic()` instant. Raises Overloaded (every router is full), InvalidInput or ContextOverflow, all
         of them before the first event only. Closing the iterator (`aclose`, or cancelling the
         task that reads it) ends the decoding at once. FinishEvents made here have the code "router_unavailable",
         "deadline_exceeded" or "invalid_input".
         """
         self._attach()
         state = Resumption(request_id=request_id, sampling=sampling, deadline=deadline, policy=self._policy)
-        attempts = _Attempts(self, state, prompt_ids, images)
+        asked = _Asked(prompt_ids=prompt_ids, images=images, priority=priority, cache_salt=cache_salt)
+        attempts = _Attempts(self, state, asked)
         event: ResumeEvent = Begun()
         try:
             while True:
@@ -134,9 +139,7 @@ class RouterPool:
             await link.aclose()
         self._notify()
 
-    def open(
-        self, then: Open, state: Resumption, prompt_ids: Sequence[int], images: Sequence[ImageInput]
-    ) -> Call | ResumeEvent:
+    def open(self, then: Open, state: Resumption, asked: _Asked) -> Call | ResumeEvent:
         """Begin the call that `then` asks for, or say why that is not possible."""
         link = self._links.get(then.router)
         if link is None:
@@ -145,15 +148,17 @@ class RouterPool:
         message = encode_submit(
             request_id=state.request_id,
             attempt=then.attempt,
-            prompt_ids=prompt_ids,
+            prompt_ids=asked.prompt_ids,
             emitted_ids=then.emitted_ids,
             sampling=state.sampling,
             timeout_s=left_s,
-            images=images,
+            images=asked.images,
+            priority=asked.priority,
+            cache_salt=asked.cache_salt,
         )
         if message.ByteSize() > self._max_message_bytes:
             rule = f"the prompt and its images must fit into a message of {self._max_message_bytes} bytes"
-            return Refused(error=InvalidInput("messages", len(prompt_ids), rule))
+            return Refused(error=InvalidInput("messages", len(asked.prompt_ids), rule))
         return link.open(message, left_s + self._expiry_grace_s)
 
     async def read(self, call: Call) -> ResumeEvent:
@@ -207,16 +212,23 @@ class RouterPool:
         changed.set()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What every router that gets the request is told of it."""
+
+    prompt_ids: Sequence[int]
+    images: Sequence[ImageInput]
+    priority: int
+    cache_salt: str
+
+
 class _Attempts:
     """Carries out what `step` decided for one request; holds at most one call."""
 
-    def __init__(
-        self, pool: RouterPool, state: Resumption, prompt_ids: Sequence[int], images: Sequence[ImageInput]
-    ) -> None:
+    def __init__(self, pool: RouterPool, state: Resumption, asked: _Asked) -> None:
         self._pool = pool
         self._state = state
-        self._prompt_ids = prompt_ids
-        self._images = images
+        self._asked = asked
         self._call: Call | None = None
 
     async def carry_out(self, then: Next, changed: asyncio.Event) -> ResumeEvent:
@@ -228,7 +240,7 @@ class _Attempts:
         if isinstance(then, Wait):
             return await _wait(changed, then.until)
         if isinstance(then, Open):
-            call = self._pool.open(then, self._state, self._prompt_ids, self._images)
+            call = self._pool.open(then, self._state, self._asked)
             if not isinstance(call, Call):
                 return call
             self._call = call

@@ -27,6 +27,7 @@ from router.wire.codec import (
     REFUSAL_KEY,
     Refused,
     decode_images,
+    decode_salt,
     decode_sampling,
     encode_events,
     encode_refusal,
@@ -52,6 +53,8 @@ class SubmitTarget(Protocol):
         deadline: float,
         on_event: Callable[[Event], None],
         images: Sequence[ImageInput] = (),
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> None:
         """Take a request, or raise Overloaded, InvalidInput, ContextOverflow, or RouterLost: it has stopped for good.
 
@@ -59,7 +62,8 @@ class SubmitTarget(Protocol):
         the finish where they already end the request. `deadline` is a `time.monotonic()` instant. `on_event` is called
         from any one thread, never blocks, and gets exactly one FinishEvent, as the last. An engine that stops gives its
         requests up with an ERROR of code "router_unavailable": another router continues them. `images` belong to the
-        prompt's patch tokens, in order.
+        prompt's patch tokens, in order. `sampling` is as it came: what cannot be followed is InvalidInput. A lower
+        `priority` goes first; cached prefixes are shared between requests of the same `cache_salt`.
         """
         ...
 
@@ -223,6 +227,8 @@ class _Calls:
             time.monotonic() + request.timeout_ms / 1000,
             partial(self._inbox.post, mailbox),
             decode_images(request),
+            request.priority,
+            decode_salt(request),
         )
 
     async def _answer(self, mailbox: _Mailbox, context: _Context) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from experts.errors import RouterLost
 from router.api.backend import Detokenizer, EventStream
 from router.api.errors import deadline_error, finish_error
-from router.engine.request import Event, FinishEvent, FinishReason
+from router.api.logprobs import ScoredToken, Scores
+from router.engine.request import Event, FinishEvent, FinishReason, TokenLogprobs
 from router.prompt.stops import StopStrings
 
 GRACE_S = 2.0
@@ -22,18 +23,21 @@ GRACE_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Text to send, maybe empty. `num_tokens` counts output tokens so far; `finish` is set in the last piece."""
+    """Text to send, maybe empty. `num_tokens` counts output tokens so far; `finish` is set in the last piece.
+    `tokens` are those of the text, if their log probabilities were asked for."""
 
     text: str
     num_tokens: int
     finish: str | None = None
+    tokens: tuple[ScoredToken, ...] = ()
 
 
 class Transcript:
     """Tokens of one answer to the text that may be sent.
 
     Stop strings count after the first `min_tokens` tokens only. A token of `end_ids` ends the answer wherever the
-    backend may end it, and has no text.
+    backend may end it, and has no text. With `scores`, tokens are kept with their log probabilities for `take_tokens`;
+    one that ends the answer is not, since it is no part of it.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Transcript:
         end_ids: frozenset[int] = frozenset(),
         min_tokens: int = 0,
         keep_stop: bool = False,
+        scores: Scores | None = None,
     ) -> None:
         self.num_tokens = 0
         self.stopped = False
@@ -52,21 +57,40 @@ class Transcript:
         self._end_ids = end_ids
         self._min_tokens = min_tokens
         self._keep_stop = keep_stop
+        self._scores = scores
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_id: int, logprobs: TokenLogprobs | None = None) -> str:
         """Text that may be sent after this token. Sets `stopped` when a stop string is complete."""
         is_end = token_id in self._end_ids and self.num_tokens >= self._min_tokens
         self.num_tokens += 1
         if is_end:
             return ""
         text = self._detokenizer.push(token_id)
-        return text if self.num_tokens <= self._min_tokens else self._past_stops(text)
+        if self._scores is not None:
+            assert logprobs is not None, "the backend left log probabilities out"
+            self._scores.add(token_id, logprobs, len(text))
+        return self._shown(text if self.num_tokens <= self._min_tokens else self._past_stops(text))
 
     def finish(self) -> str:
         """Text that was held back. Nothing is pushed after it. May still set `stopped`."""
         text = self._detokenizer.finish()
         text = text if self.num_tokens <= self._min_tokens else self._past_stops(text)
-        return text if self.stopped else text + self._stops.finish()
+        return self._shown(text if self.stopped else text + self._stops.finish())
+
+    def take_tokens(self) -> tuple[ScoredToken, ...]:
+        """Tokens that belong to the text sent so far and were not taken yet."""
+        return self._scores.take() if self._scores is not None else ()
+
+    def take_last_tokens(self) -> tuple[ScoredToken, ...]:
+        """The same at the end of the answer: those without text too, unless a stop string cut them off."""
+        if self._scores is None or self.stopped:
+            return self.take_tokens()
+        return self._scores.take_all()
+
+    def _shown(self, text: str) -> str:
+        if self._scores is not None:
+            self._scores.show(len(text))
+        return text
 
     def _past_stops(self, text: str) -> str:
         text, matched = self._stops.push(text)
@@ -93,15 +117,16 @@ async def answer(
                 yield _last_piece(event, transcript, prefix)
                 return
             assert event.index == transcript.num_tokens, "the backend skipped or repeated a token"
-            text = prefix + transcript.push(event.token_id)
+            text = prefix + transcript.push(event.token_id, event.logprobs)
             if transcript.stopped:
                 # Before the client has the last text: whoever reads it may take its time.
                 await events.aclose()
-                yield Piece(text=text, num_tokens=transcript.num_tokens, finish="stop")
+                tokens = transcript.take_last_tokens()
+                yield Piece(text=text, num_tokens=transcript.num_tokens, finish="stop", tokens=tokens)
                 return
             if text or transcript.num_tokens == 1:
                 prefix = ""
-                yield Piece(text=text, num_tokens=transcript.num_tokens)
+                yield Piece(text=text, num_tokens=transcript.num_tokens, tokens=transcript.take_tokens())
     finally:
         await events.aclose()
 
@@ -121,4 +146,4 @@ def _last_piece(event: FinishEvent, transcript: Transcript, prefix: str) -> Piec
         raise finish_error(event)
     text = prefix + transcript.finish()
     finish = "stop" if transcript.stopped else event.reason.value
-    return Piece(text=text, num_tokens=transcript.num_tokens, finish=finish)
+    return Piece(text=text, num_tokens=transcript.num_tokens, finish=finish, tokens=transcript.take_last_tokens())

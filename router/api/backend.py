@@ -37,10 +37,13 @@ class Backend(Protocol):
         sampling: SamplingParams,
         deadline: float,
         images: Sequence[ImageInput] = (),
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> EventStream:
         """Start one request under a `request_id` never used before. `deadline` is a `time.monotonic()` instant.
 
-        `images` belong to the patch tokens of the prompt, in order.
+        `images` belong to the patch tokens of the prompt, in order. A lower `priority` goes first; cached prefixes are
+        shared between requests of the same `cache_salt`. Tokens carry log probabilities if `sampling` asks for them.
 
         Raises Overloaded, InvalidInput or RouterLost before the first event, here or at the first `__anext__`.
         By the deadline the stream has ended, with a `FinishEvent` of reason ERROR if there was no answer.
@@ -90,6 +93,10 @@ class Tokenizer(Protocol):
 
     def token_text(self, token_id: int) -> str:
         """One token as the vocabulary writes it."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to an answer; empty for special tokens and ids without a token."""
         ...
 
     def detokenizer(self) -> Detokenizer:

@@ -5,28 +5,36 @@ Turns a request into sampling parameters; numbers only.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from experts.errors import CheckpointError, ContextOverflow, InvalidInput
+from experts.errors import ContextOverflow, InvalidInput
+from router.api.generation_config import check_wishes, number
 from router.api.schema import GenerationRequest
-from router.engine.request import SamplingParams
+from router.engine.request import GREEDY_BELOW, MAX_REPETITION_PENALTY, SamplingParams
 
-GREEDY_BELOW = 1e-5
-"""Temperatures below are greedy: dividing logits by them overflows."""
 SEED_MASK = 2**63 - 1
+LEAST_PENALTY = 1e-6
+"""What a generation config may ask for; 0 would divide by nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServingDefaults:
-    """What a checkpoint wishes. `max_new_tokens` None is the rest of the context, `top_k` 0 keeps all tokens."""
+    """What a checkpoint wishes. `max_new_tokens` None is the rest of the context, `top_k` 0 keeps all tokens.
+
+    `unfollowed` names the fields of its generation config that have no effect here, and what is to be said of them.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_new_tokens: int | None = None
     eos_token_ids: frozenset[int] = frozenset()
+    unfollowed: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def from_generation_config(
@@ -35,17 +43,22 @@ class ServingDefaults:
         """From the contents of generation_config.json, None if there is no such file.
 
         `eos_token_ids` are the model's, wherever they are named. As in transformers, a config that does not say
-        `do_sample` is greedy. Raises CheckpointError.
+        `do_sample` is greedy. Raises CheckpointError, also for wishes that change answers and that we cannot follow.
         """
         if config is None:
             return cls(eos_token_ids=eos_token_ids)
-        temperature = _number(config, "temperature", 1.0, low=0.0)
+        temperature = number(config, "temperature", 1.0, low=0.0)
         return cls(
             temperature=temperature if config.get("do_sample") is True else 0.0,
-            top_p=_number(config, "top_p", 1.0, low=0.0, high=1.0) or 1.0,
-            top_k=int(_number(config, "top_k", 0, low=0)),
-            max_new_tokens=int(_number(config, "max_new_tokens", 0, low=0)) or None,
+            top_p=number(config, "top_p", 1.0, low=0.0, high=1.0) or 1.0,
+            top_k=int(number(config, "top_k", 0, low=0)),
+            min_p=number(config, "min_p", 0.0, low=0.0, high=1.0),
+            repetition_penalty=number(
+                config, "repetition_penalty", 1.0, low=LEAST_PENALTY, high=MAX_REPETITION_PENALTY
+            ),
+            max_new_tokens=int(number(config, "max_new_tokens", 0, low=0)) or None,
             eos_token_ids=eos_token_ids,
+            unfollowed=check_wishes(config),
         )
 
 
@@ -71,12 +84,28 @@ def to_sampling(
         temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
         top_k=max(top_k, 0),
         top_p=defaults.top_p if request.top_p is None else request.top_p,
+        min_p=defaults.min_p if request.min_p is None else request.min_p,
+        repetition_penalty=(
+            defaults.repetition_penalty if request.repetition_penalty is None else request.repetition_penalty
+        ),
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=request.logit_bias,
         seed=draw_seed() if request.seed is None else request.seed & SEED_MASK,
         max_tokens=max_tokens,
         min_tokens=request.min_tokens,
         ignore_eos=request.ignore_eos,
         stop_token_ids=tuple(dict.fromkeys(request.stop_token_ids)),
+        num_logprobs=request.num_logprobs,
     )
+
+
+def choice_seed(seed: int, number: int) -> int:
+    """The seed of choice `number` of a prompt whose request has `seed`: a function of both, the first one's `seed`."""
+    if number == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}:choice:{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") & SEED_MASK
 
 
 def _max_tokens(
@@ -91,12 +120,3 @@ def _max_tokens(
     if asked > room:
         raise ContextOverflow(num_prompt_tokens, asked, max_model_len, field)
     return asked
-
-
-def _number(config: Mapping[str, Any], name: str, default: float, *, low: float, high: float = float("inf")) -> float:
-    value = config.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise CheckpointError(f"generation_config.json: {name}", f"must be a number in {low} … {high}, is {value!r}")
-    return value

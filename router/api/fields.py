@@ -18,13 +18,7 @@ Neutral = Mapping[str, tuple[object, ...]]
 """Field → values, besides null, that ask for nothing."""
 
 _COMMON: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_p": (0,),
-    "logit_bias": ({}, []),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
@@ -50,8 +44,6 @@ UNSUPPORTED_CHAT: Neutral = MappingProxyType(
         "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "audio": (),
         "modalities": (["text"], []),
         "prediction": (),
@@ -63,15 +55,12 @@ UNSUPPORTED_CHAT: Neutral = MappingProxyType(
         "continue_final_message": (False,),
         "documents": ([],),
         "echo": (False,),
-        "best_of": (1,),
     }
 )
 
 UNSUPPORTED_COMPLETION: Neutral = MappingProxyType(
     _COMMON
     | {
-        "best_of": (1,),
-        "logprobs": (),
         "suffix": ("",),
         "prompt_embeds": (),
         "add_special_tokens": (True,),
@@ -96,8 +85,8 @@ UNSUPPORTED_MESSAGE: Neutral = MappingProxyType({"tool_calls": ([],), "function_
 UNSUPPORTED_STREAM_OPTIONS: Neutral = MappingProxyType({"continuous_usage_stats": (False,)})
 
 PASSIVE = frozenset(
-    {"annotations", "cache_salt", "include_obfuscation", "metadata", "models", "name", "parallel_tool_calls"}
-    | {"priority", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "request_id"}
+    {"annotations", "include_obfuscation", "metadata", "models", "name", "parallel_tool_calls"}
+    | {"prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "request_id"}
     | {"safety_identifier", "service_tier", "session_id", "store"}
 )
 """Accepted without effect: none of them changes the text of an answer."""

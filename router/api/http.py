@@ -277,7 +277,13 @@ async def _generate(
         await _send(_refusal(error), send)
         return
     usage_asked = asked.stream and asked.include_usage
-    shape = shape_of(answer_id=job.answer_id, created=int(time.time()), model=asked.model, usage_asked=usage_asked)
+    shape = shape_of(
+        answer_id=job.answer_id,
+        created=int(time.time()),
+        model=asked.model,
+        usage_asked=usage_asked,
+        logprobs_asked=asked.num_logprobs is not None,
+    )
     async with RunningAnswers(job.answers) as running:
         if asked.stream:
             await _stream(running, job, shape, options, send)

@@ -13,6 +13,7 @@ from experts.errors import ContextOverflow, InvalidInput
 from router.api.backend import Backend, ChatTemplate, Tokenizer
 from router.api.data_url import Upload
 from router.api.errors import UnknownModel
+from router.api.logit_bias import Biases
 from router.api.schema import Conversation
 from router.engine.images import ImageInput
 from router.prompt.images.tiles import ImageTiles
@@ -80,9 +81,16 @@ class Prompts:
     def check_vocabulary(self, field: str, token_ids: Sequence[int]) -> None:
         """Raises InvalidInput naming the first id that the model cannot know."""
         for i, token in enumerate(token_ids):
-            if token >= self.tokenizer.vocab_size:
-                rule = f"must be below the vocabulary's size, {self.tokenizer.vocab_size}"
-                raise InvalidInput(f"{field}[{i}]", token, rule)
+            self._check_known(f"{field}[{i}]", token)
+
+    def check_bias(self, biases: Biases) -> None:
+        """The same for the keys of `logit_bias`."""
+        for token, _ in biases:
+            self._check_known(f"logit_bias.{token}", token)
+
+    def _check_known(self, field: str, token: int) -> None:
+        if token >= self.tokenizer.vocab_size:
+            raise InvalidInput(field, token, f"must be below the vocabulary's size, {self.tokenizer.vocab_size}")
 
     def _of_text(self, field: str, prompt: str | list[int], echo: bool) -> Prompt:
         if isinstance(prompt, str):

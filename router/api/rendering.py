@@ -24,7 +24,7 @@ async def whole(running: RunningAnswers, job: Job, shape: Shape) -> dict[str, An
     while running.num_open:
         for index, piece in await running.pieces(LOOK_UP_S):
             pieces[index].append(piece)
-    choices = [Choice(text="".join(piece.text for piece in one), finish=one[-1].finish or "") for one in pieces]
+    choices = [_choice(one) for one in pieces]
     return shape.whole(choices, _usage(job, [one[-1].num_tokens for one in pieces]))
 
 
@@ -41,7 +41,7 @@ async def frames(
     Ends with an error event where an answer fails. When nothing comes for `keep_alive_s`, says so in a comment.
     """
     num_tokens = [0] * len(job.answers)
-    opening = b"".join(event(chunk) for chunk in shape.opening())
+    opening = b"".join(event(chunk) for chunk in shape.opening(len(job.answers)))
     items = first
     try:
         while True:
@@ -63,8 +63,14 @@ async def frames(
 
 def _events(shape: Shape, item: Item) -> bytes:
     index, piece = item
-    text = event(shape.text(index, piece.text)) if piece.text else b""
+    text = event(shape.text(index, piece.text, piece.tokens)) if piece.text or piece.tokens else b""
     return text + event(shape.finish(index, piece.finish)) if piece.finish else text
+
+
+def _choice(pieces: Sequence[Piece]) -> Choice:
+    text = "".join(piece.text for piece in pieces)
+    tokens = [token for piece in pieces for token in piece.tokens]
+    return Choice(text=text, finish=pieces[-1].finish or "", tokens=tokens)
 
 
 def _usage(job: Job, num_tokens: Sequence[int]) -> Usage:

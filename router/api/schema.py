@@ -36,15 +36,20 @@ from router.api.fields import (
     check_spelling,
     check_supported,
 )
+from router.api.logit_bias import Biases, parse_logit_bias
+from router.engine.request import MAX_LOGPROBS, MAX_PENALTY, MAX_REPETITION_PENALTY, MAX_STOP_TOKEN_IDS
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 128
 MAX_PROMPTS = 128
 MAX_STOPS = 4
 MAX_STOP_BYTES = 256
-MAX_STOP_TOKEN_IDS = 1024
+MAX_N = 16
+MAX_CHOICES = 128
+"""Of one request: its prompts times n."""
 MAX_COUNT = 2**31 - 1
 
+_Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 _Request = TypeVar("_Request", bound="RequestModel")
 
 
@@ -210,6 +215,13 @@ class GenerationRequest(RequestModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MAX_REPETITION_PENALTY)] | None = None
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
+    logit_bias: Annotated[Biases, PlainValidator(parse_logit_bias)] = ()
+    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
+    best_of: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Annotated[
         list[Annotated[str, AfterValidator(_stop_string)]], Field(max_length=MAX_STOPS), BeforeValidator(_stop_list)
@@ -221,6 +233,8 @@ class GenerationRequest(RequestModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=128, pattern=r"^[\x20-\x7e]*$")] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]*$")] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -231,12 +245,20 @@ class GenerationRequest(RequestModel):
         """Output tokens asked for, None if not said."""
         return self.max_tokens
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """Likely tokens to report beside each chosen one; None if no log probabilities are asked for."""
+        return None
+
     @model_validator(mode="after")
     def _agree(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise InvalidInput("stream_options", self.stream_options.model_dump(), "needs stream to be true")
         if self.output_limit is not None and self.min_tokens > self.output_limit:
             raise InvalidInput("min_tokens", self.min_tokens, f"must be at most max_tokens, {self.output_limit}")
+        if self.best_of is not None and self.best_of != self.n:
+            rule = f"must equal n, {self.n}: choosing among more answers is not supported by this server yet"
+            raise Unsupported("best_of", self.best_of, rule)
         return self
 
 
@@ -262,10 +284,22 @@ class ChatCompletionRequest(Conversation, GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
     def output_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _top_of_something(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidInput("top_logprobs", self.top_logprobs, "needs logprobs to be true")
+        return self
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatCompletionRequest:
@@ -276,10 +310,26 @@ class ChatCompletionRequest(Conversation, GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    """`POST /v1/completions`. One choice for each of `prompts`: (path in the request, text or token ids)."""
+    """`POST /v1/completions`. `n` choices for each of `prompts`: (path in the request, text or token ids)."""
 
     prompts: Annotated[list[tuple[str, str | list[int]]], PlainValidator(_prompts), Field(alias="prompt")]
     echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _bounded(self) -> CompletionRequest:
+        if self.n * len(self.prompts) > MAX_CHOICES:
+            raise InvalidInput(
+                "n", self.n, f"may ask for at most {MAX_CHOICES} choices, here of {len(self.prompts)} prompts"
+            )
+        if self.echo and self.logprobs is not None:
+            rule = "with echo, log probabilities of the prompt, is not supported by this server yet"
+            raise Unsupported("logprobs", self.logprobs, rule)
+        return self
 
 
 def parse_chat(document: Mapping[str, Any]) -> ChatCompletionRequest:
@@ -350,6 +400,7 @@ _RULES = {
     "less_than_equal": "must be at most {le}",
     "too_short": "must not be empty",
     "too_long": "must have at most {max_length} items",
+    "string_too_short": "must have at least {min_length} characters",
     "string_too_long": "must have at most {max_length} characters",
     "string_pattern_mismatch": "must be visible ASCII",
 }

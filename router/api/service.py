@@ -8,13 +8,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from router.api.answer import Piece, Transcript, answer
 from router.api.backend import Backend
-from router.api.defaults import ServingDefaults, to_sampling
+from router.api.defaults import ServingDefaults, choice_seed, to_sampling
 from router.api.errors import ApiError
+from router.api.logprobs import Scores
 from router.api.prompts import Prompt, Prompts
 from router.api.schema import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from router.engine.request import SamplingParams
@@ -23,7 +24,7 @@ from router.prompt.stops import StopStrings
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The work of one HTTP request: one answer, not yet begun, for each choice."""
+    """The work of one HTTP request: one answer, not yet begun, for each choice. Prompts are counted once each."""
 
     answer_id: str
     num_prompt_tokens: int
@@ -62,18 +63,24 @@ class Service:
 
     def _job(self, id_prefix: str, request: GenerationRequest, prompts: Sequence[Prompt]) -> Job:
         self._prompts.check_vocabulary("stop_token_ids", request.stop_token_ids)
+        self._prompts.check_bias(request.logit_bias)
         answer_id = id_prefix + secrets.token_hex(16)
         deadline = time.monotonic() + self._timeout_s
         max_model_len = self._backend.max_model_len()
         if max_model_len <= 0:
             raise ApiError(503, "the model is still loading", code="model_loading", retry_after_s=5.0)
         samplings = [self._sampling(request, prompt, max_model_len) for prompt in prompts]
+        choices = [
+            (prompt, replace(sampling, seed=choice_seed(sampling.seed, number)))
+            for prompt, sampling in zip(prompts, samplings, strict=True)
+            for number in range(request.n)
+        ]
         return Job(
             answer_id=answer_id,
             num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
             answers=tuple(
                 self._answer(f"{answer_id}-{index}", request, prompt, sampling, deadline)
-                for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+                for index, (prompt, sampling) in enumerate(choices)
             ),
         )
 
@@ -93,6 +100,7 @@ class Service:
             end_ids=end_ids | stop_ids,
             min_tokens=sampling.min_tokens,
             keep_stop=request.include_stop_str_in_output,
+            scores=Scores(self._prompts.tokenizer) if sampling.num_logprobs is not None else None,
         )
         submit = partial(
             self._backend.submit,
@@ -101,5 +109,7 @@ class Service:
             sampling=sampling,
             deadline=deadline,
             images=prompt.images,
+            priority=request.priority,
+            cache_salt=request.cache_salt or "",
         )
         return answer(submit, transcript, deadline=deadline, prefix=prompt.echo)

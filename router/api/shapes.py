@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from router.api.logprobs import ScoredToken, chat_logprobs, completion_logprobs
+
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -16,10 +18,11 @@ _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One finished answer."""
+    """One finished answer; `tokens` are there if their log probabilities were asked for."""
 
     text: str
     finish: str
+    tokens: Sequence[ScoredToken] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +50,11 @@ class Shape(Protocol):
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]: ...
 
-    def opening(self) -> list[dict[str, Any]]:
+    def opening(self, num_choices: int) -> list[dict[str, Any]]:
         """Chunks sent before any text."""
         ...
 
-    def text(self, index: int, text: str) -> dict[str, Any]: ...
+    def text(self, index: int, text: str, tokens: Sequence[ScoredToken] = ()) -> dict[str, Any]: ...
 
     def finish(self, index: int, finish: str) -> dict[str, Any]: ...
 
@@ -60,12 +63,14 @@ class Shape(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """What all chunks of one response share. With `usage_asked`, chunks say that usage comes later."""
+    """What all chunks of one response share. With `usage_asked`, chunks say that usage comes later. A whole response
+    has log probabilities, be they of no token, exactly when they were asked for; a chunk when it has tokens."""
 
     answer_id: str
     created: int
     model: str
     usage_asked: bool = False
+    logprobs_asked: bool = False
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": self.answer_id, "object": kind, "created": self.created, "model": self.model}
@@ -84,18 +89,18 @@ class ChatShape(_Frame):
             {
                 "index": index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": None,
+                "logprobs": chat_logprobs(choice.tokens) if self.logprobs_asked else None,
                 "finish_reason": choice.finish,
             }
             for index, choice in enumerate(choices)
         ]
         return {**self._body("chat.completion", bodies), "usage": usage.body()}
 
-    def opening(self) -> list[dict[str, Any]]:
-        return [self._delta(0, {"role": "assistant", "content": ""}, None)]
+    def opening(self, num_choices: int) -> list[dict[str, Any]]:
+        return [self._delta(index, {"role": "assistant", "content": ""}, None) for index in range(num_choices)]
 
-    def text(self, index: int, text: str) -> dict[str, Any]:
-        return self._delta(index, {"content": text}, None)
+    def text(self, index: int, text: str, tokens: Sequence[ScoredToken] = ()) -> dict[str, Any]:
+        return self._delta(index, {"content": text}, None, chat_logprobs(tokens) if tokens else None)
 
     def finish(self, index: int, finish: str) -> dict[str, Any]:
         return self._delta(index, {}, finish)
@@ -103,8 +108,10 @@ class ChatShape(_Frame):
     def usage(self, usage: Usage) -> dict[str, Any]:
         return {**self._body("chat.completion.chunk", []), "usage": usage.body()}
 
-    def _delta(self, index: int, delta: dict[str, str], finish: str | None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def _delta(
+        self, index: int, delta: dict[str, str], finish: str | None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return self._chunk("chat.completion.chunk", [choice])
 
 
@@ -112,14 +119,23 @@ class CompletionShape(_Frame):
     """`text_completion`, the same object whole and in chunks."""
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
-        bodies = [self._choice(index, choice.text, choice.finish) for index, choice in enumerate(choices)]
+        bodies = [
+            self._choice(
+                index,
+                choice.text,
+                choice.finish,
+                completion_logprobs(choice.tokens) if self.logprobs_asked else None,
+            )
+            for index, choice in enumerate(choices)
+        ]
         return {**self._body("text_completion", bodies), "usage": usage.body()}
 
-    def opening(self) -> list[dict[str, Any]]:
+    def opening(self, num_choices: int) -> list[dict[str, Any]]:
         return []
 
-    def text(self, index: int, text: str) -> dict[str, Any]:
-        return self._chunk("text_completion", [self._choice(index, text, None)])
+    def text(self, index: int, text: str, tokens: Sequence[ScoredToken] = ()) -> dict[str, Any]:
+        logprobs = completion_logprobs(tokens) if tokens else None
+        return self._chunk("text_completion", [self._choice(index, text, None, logprobs)])
 
     def finish(self, index: int, finish: str) -> dict[str, Any]:
         return self._chunk("text_completion", [self._choice(index, "", finish)])
@@ -127,8 +143,10 @@ class CompletionShape(_Frame):
     def usage(self, usage: Usage) -> dict[str, Any]:
         return {**self._body("text_completion", []), "usage": usage.body()}
 
-    def _choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+    def _choice(
+        self, index: int, text: str, finish: str | None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
 def encode(body: object) -> bytes:

@@ -128,6 +128,7 @@ class Engine:
         Raises InvalidInput, ContextOverflow, Overloaded or RouterLost, and then calls nothing. Attempts of one
         request are strangers to each other here: an older one that lingers does not stand in a newer one's way.
         """
+        sampling.check(self._vocab_size)
         known = [*prompt_ids, *emitted_ids]
         for token in (min(known, default=0), max(known, default=0)):
             if not 0 <= token < self._vocab_size:
@@ -203,7 +204,7 @@ class Engine:
             return True
         with self._changed:
             events = [event for name in outcome.failed for event in self._scheduler.fail(name, *NO_TOKEN)]
-            events += self._scheduler.update(step, outcome.sampled, outcome.lost, self._clock())
+            events += self._scheduler.update(step, outcome.sampled, outcome.lost, self._clock(), outcome.logprobs)
         self._count(step, outcome)
         self._emit(events)
         return True

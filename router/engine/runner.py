@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from experts.config import ModelConfig
 from experts.placement import ExpertKey
+from router.engine.draw import Draw
 from router.engine.image_features import ImageFeatures
 from router.engine.kv_cache import KVLayout
+from router.engine.logprobs import logprobs
 from router.engine.packing import NO_FEATURES, images_of, pack
-from router.engine.request import Request
-from router.engine.sampler import Draw, sample
+from router.engine.request import Request, TokenLogprobs
+from router.engine.sampler import sample
 from router.engine.scheduler import Piece, Step
 from router.model.decoder import Decoder, PackedBatch, StepOutput, run
 from router.model.kv_store import KVStore
@@ -22,11 +24,13 @@ from router.model.kv_store import KVStore
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
     """`sampled`: request id → next token. `lost`: request id → the experts that were away; nothing of that piece
-    was computed. `failed`: requests whose logits allow no token at all (they overflowed, say)."""
+    was computed. `failed`: requests whose logits allow no token at all (they overflowed, say). `logprobs`: those of
+    sampled tokens whose requests asked for them."""
 
     sampled: Mapping[str, int]
     lost: Mapping[str, frozenset[ExpertKey]]
     failed: frozenset[str] = frozenset()
+    logprobs: Mapping[str, TokenLogprobs] = field(default_factory=dict)
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -71,15 +75,20 @@ class ModelRunner:
         features = self._features(step)
         outputs = run(*(self._decoder.forward(self._pack(share, features), self._store) for share in shares))
         sampled: dict[str, int | None] = {}
+        reported: dict[str, TokenLogprobs] = {}
         lost: dict[str, frozenset[ExpertKey]] = {}
         for share, output in zip(shares, outputs, strict=True):
+            requests = [share[index].request for index in output.samples]
             with self._decoder.meter.time("sampling"):
-                sampled |= self._sample(share, output)
+                tokens = self._sample(requests, output)
+                sampled |= tokens
+                reported |= _logprobs(requests, output, tokens)
             lost |= {share[index].request.request_id: missing for index, missing in output.lost.items()}
         return StepOutcome(
             sampled={name: token for name, token in sampled.items() if token is not None},
             lost=lost,
             failed=frozenset(name for name, token in sampled.items() if token is None),
+            logprobs=reported,
         )
 
     def _features(self, step: Step) -> Mapping[bytes, torch.Tensor]:
@@ -98,10 +107,9 @@ class ModelRunner:
             features=features,
         )
 
-    def _sample(self, pieces: Sequence[Piece], output: StepOutput) -> dict[str, int | None]:
-        if not output.samples:
+    def _sample(self, requests: Sequence[Request], output: StepOutput) -> dict[str, int | None]:
+        if not requests:
             return {}
-        requests = [pieces[index].request for index in output.samples]
         tokens = sample(output.logits_SV, [self._draw(request) for request in requests])
         return {request.request_id: token for request, token in zip(requests, tokens, strict=True)}
 
@@ -110,4 +118,16 @@ class ModelRunner:
         banned: tuple[int, ...] = ()
         if request.num_output < sampling.min_tokens:
             banned = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_ids))
-        return Draw(sampling=sampling, position=request.num_known, banned=banned)
+        known = request.token_ids if sampling.penalises else ()
+        return Draw(
+            sampling=sampling, position=request.num_known, banned=banned, known=known, num_prompt=request.num_prompt
+        )
+
+
+def _logprobs(
+    requests: Sequence[Request], output: StepOutput, tokens: Mapping[str, int | None]
+) -> dict[str, TokenLogprobs]:
+    """By request id, for the requests that ask."""
+    params = [request.sampling for request in requests]
+    found = logprobs(output.logits_SV, params, [tokens[request.request_id] for request in requests])
+    return {request.request_id: one for request, one in zip(requests, found, strict=True) if one is not None}

@@ -7,37 +7,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from router.engine.request import SamplingParams
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draw:
-    """What one row needs to be sampled: its parameters, the position its token will take, and ids it may not be."""
-
-    sampling: SamplingParams
-    position: int
-    banned: tuple[int, ...] = ()
+from router.engine.adjustments import adjust
+from router.engine.draw import Draw
+from router.engine.filters import draw_tokens
 
 
 def sample(logits_SV: torch.Tensor, draws: Sequence[Draw]) -> list[int | None]:
-    """One token id per row, None where no token can be chosen: all are banned, or the logits are no numbers.
+    """One token id per row, None where no token can be chosen: none is allowed, or the logits are no numbers.
 
-    Temperature 0 takes the largest logit; ties go to the smallest id.
+    Temperature 0 takes the largest logit; ties go to the smallest id. Leaves the logits as they are.
     """
-    logits_SV = logits_SV.float().cpu()
-    for row, draw in enumerate(draws):
-        if draw.banned:
-            logits_SV[row, list(draw.banned)] = float("-inf")
-    largest, chosen = logits_SV.max(dim=-1)
-    hot = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
-    if hot:
-        chosen[hot] = _draw(logits_SV[hot], [draws[row] for row in hot])
-    possible = torch.isfinite(largest).tolist()
-    return [token if fine else None for token, fine in zip(chosen.tolist(), possible, strict=True)]
+    # For most batches this line is all: rows that ask for no more are not even made float32.
+    largest_S, chosen_S = logits_SV.max(dim=-1)
+    possible_S = torch.isfinite(largest_S)
+    rows = [row for row, draw in enumerate(draws) if not draw.is_plain]
+    if rows:
+        chosen_S[rows], possible_S[rows] = _choose(logits_SV[rows].float(), [draws[row] for row in rows])
+    return [token if fine else None for token, fine in zip(chosen_S.tolist(), possible_S.tolist(), strict=True)]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -46,24 +35,14 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
-def _draw(logits_SV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """Temperature, then top-k, then top-p, then the inverse of the cumulative distribution at `uniform`.
-
-    Tokens are walked from the likeliest down, so a filter only shortens the walk.
-    """
-    temperature = torch.tensor([[draw.sampling.temperature] for draw in draws], dtype=torch.float32)
-    sorted_SV, order_SV = torch.sort(logits_SV / temperature, dim=-1, descending=True, stable=True)
-    rank_V = torch.arange(logits_SV.shape[-1])
-    top_k = torch.tensor([[draw.sampling.top_k or logits_SV.shape[-1]] for draw in draws])
-    sorted_SV = sorted_SV.masked_fill(rank_V >= top_k, float("-inf"))
-    probability_SV = torch.softmax(sorted_SV, dim=-1, dtype=torch.float64)
-    before_SV = probability_SV.cumsum(dim=-1) - probability_SV
-    top_p = torch.tensor([[draw.sampling.top_p] for draw in draws], dtype=torch.float64)
-    # The likeliest token always stays; another stays while those before it do not yet reach top_p.
-    probability_SV = probability_SV.masked_fill((before_SV >= top_p) & (rank_V > 0), 0.0)
-    cumulative_SV = probability_SV.cumsum(dim=-1)
-    u = torch.tensor([[uniform(draw.sampling.seed, draw.position)] for draw in draws], dtype=torch.float64)
-    # Where no token is possible (all banned, or no numbers) none is kept; such a row must not fail its neighbours.
-    last_kept = ((probability_SV > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    walk = torch.searchsorted(cumulative_SV, u * cumulative_SV[:, -1:], right=True)
-    return order_SV.gather(-1, torch.minimum(walk, last_kept)).squeeze(-1)
+def _choose(logits_SV: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids chosen, whether that was possible). Writes into the logits."""
+    adjust(logits_SV, draws)
+    largest_S, chosen_S = logits_SV.max(dim=-1)
+    possible_S = torch.isfinite(largest_S)
+    # A row without any possible token must not fail its neighbours.
+    hot = [row for row, fine in enumerate(possible_S.tolist()) if fine and not draws[row].sampling.is_greedy]
+    if hot:
+        uniforms = [uniform(draws[row].sampling.seed, draws[row].position) for row in hot]
+        chosen_S[hot] = draw_tokens(logits_SV[hot], [draws[row].sampling for row in hot], uniforms)
+    return chosen_S, possible_S

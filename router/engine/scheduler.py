@@ -21,11 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 
 from experts.errors import ContextOverflow, ExpertUnavailable, InvalidInput, Overloaded
 from experts.placement import ExpertKey
 from router.engine.kv_cache import BlockCount, KVCache
-from router.engine.request import Event, FinishEvent, FinishReason, Phase, Request, TokenEvent
+from router.engine.request import Event, FinishEvent, FinishReason, Phase, Request, TokenEvent, TokenLogprobs
 
 PACE_WINDOW_S = 10.0
 """Busy time over which the pace of finishing requests is averaged, for Retry-After."""
@@ -271,12 +272,14 @@ class Scheduler:
         sampled: Mapping[str, int],
         lost: Mapping[str, frozenset[ExpertKey]],
         now: float,
+        logprobs: Mapping[str, TokenLogprobs] = MappingProxyType({}),
     ) -> list[Event]:
         """Take in the result of `step`.
 
         `lost` maps request ids to the experts that were away: their pieces count as not computed, and they
-        are parked. `sampled` maps request ids to token ids, for every other piece that samples. Pieces of
-        requests that ended while the step ran are ignored.
+        are parked. `sampled` maps request ids to token ids, for every other piece that samples, and
+        `logprobs` those whose requests asked to what their tokens' events carry. Pieces of requests that ended while
+        the step ran are ignored.
 
         Every sampled token is reported, an end token too (the ingress drops its text), before the finish
         event.
@@ -292,20 +295,20 @@ class Scheduler:
                 request.phase = Phase.PARKED
                 request.missing = lost[request.request_id]
             else:
-                events += self._advance(piece, sampled)
+                events += self._advance(piece, sampled, logprobs)
         self._measure_pace(now - step.started)
         return events
 
-    def _advance(self, piece: Piece, sampled: Mapping[str, int]) -> list[Event]:
+    def _advance(self, piece: Piece, sampled: Mapping[str, int], logprobs: Mapping[str, TokenLogprobs]) -> list[Event]:
         request = piece.request
         samples = piece.samples
         self.cache.commit(request, piece.count)
         if not samples:
             return []
-        token_id = sampled[request.request_id]
-        index = request.num_output
+        name = request.request_id
+        token_id, index = sampled[name], request.num_output
         request.token_ids.append(token_id)
-        events: list[Event] = [TokenEvent(request_id=request.request_id, index=index, token_id=token_id)]
+        events: list[Event] = [TokenEvent(request_id=name, index=index, token_id=token_id, logprobs=logprobs.get(name))]
         reason = self._end_of(request)
         if reason is not None:
             events.append(self._finish(request, reason))

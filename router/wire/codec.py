@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from experts.errors import ContextOverflow, InvalidInput, Overloaded
 from router.engine.images import ImageInput
-from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
+from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 from router.wire import router_pb2 as pb
 
 REFUSAL_KEY = "herd-refusal-bin"
@@ -24,6 +24,9 @@ MAX_MESSAGE_BYTES = 96 << 20
 
 MAX_IMAGES = 64
 """Of one request, as a router bounds it; ingresses take fewer."""
+
+MAX_SALT = 128
+"""Characters of a salt, all of them visible ASCII."""
 
 DIGEST_BYTES = 32
 CHANNELS = 3
@@ -49,6 +52,8 @@ def encode_submit(
     sampling: SamplingParams,
     timeout_s: float,
     images: Sequence[ImageInput] = (),
+    priority: int = 0,
+    cache_salt: str = "",
 ) -> pb.SubmitRequest:
     """`timeout_s` is what is left of the request's time, rounded up to whole milliseconds."""
     return pb.SubmitRequest(
@@ -56,18 +61,11 @@ def encode_submit(
         attempt=attempt,
         prompt_ids=prompt_ids,
         emitted_ids=emitted_ids,
-        sampling=pb.Sampling(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed & SEED_MASK,
-            max_tokens=sampling.max_tokens,
-            min_tokens=sampling.min_tokens,
-            ignore_eos=sampling.ignore_eos,
-            stop_token_ids=sampling.stop_token_ids,
-        ),
+        sampling=encode_sampling(sampling),
         timeout_ms=math.ceil(max(timeout_s, 0.0) * 1000),
         images=[pb.Image(digest=image.digest, num_tiles=image.num_tiles, pixels=image.pixels) for image in images],
+        priority=priority,
+        cache_salt=cache_salt,
     )
 
 
@@ -89,17 +87,51 @@ def _decode_image(image: pb.Image) -> ImageInput:
     return ImageInput(digest=digest, num_tiles=image.num_tiles, pixels=pixels)
 
 
+def decode_salt(message: pb.SubmitRequest) -> str:
+    """The salt of a request, empty for none. Raises InvalidInput."""
+    salt = message.cache_salt
+    if len(salt) > MAX_SALT or not all("!" <= char <= "~" for char in salt):
+        raise InvalidInput("cache_salt", salt[:MAX_SHOWN], f"must have at most {MAX_SALT} characters of visible ASCII")
+    return salt
+
+
+def encode_sampling(sampling: SamplingParams) -> pb.Sampling:
+    """The message of `sampling`."""
+    return pb.Sampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=[pb.LogitBias(token_id=token, bias=bias) for token, bias in sampling.logit_bias],
+        seed=sampling.seed & SEED_MASK,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        ignore_eos=sampling.ignore_eos,
+        stop_token_ids=sampling.stop_token_ids,
+        num_logprobs=sampling.num_logprobs,
+    )
+
+
 def decode_sampling(message: pb.Sampling) -> SamplingParams:
-    """A negative seed arrives as its two's complement."""
+    """A negative seed arrives as its two's complement. Numbers out of range are the engine's to refuse."""
     return SamplingParams(
         temperature=message.temperature,
         top_k=message.top_k,
         top_p=message.top_p,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple((entry.token_id, entry.bias) for entry in message.logit_bias),
         seed=message.seed,
         max_tokens=message.max_tokens,
         min_tokens=message.min_tokens,
         ignore_eos=message.ignore_eos,
         stop_token_ids=tuple(message.stop_token_ids),
+        num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
     )
 
 
@@ -109,7 +141,8 @@ def encode_events(events: Iterable[Event]) -> pb.SubmitResponse:
     for event in events:
         assert not response.HasField("finish"), "an event after the finish"
         if isinstance(event, TokenEvent):
-            response.tokens.add(index=event.index, token_id=event.token_id)
+            logprobs = _encode_logprobs(event.logprobs) if event.logprobs is not None else None
+            response.tokens.add(index=event.index, token_id=event.token_id, logprobs=logprobs)
         else:
             response.finish.CopyFrom(_encode_finish(event))
     return response
@@ -117,12 +150,24 @@ def encode_events(events: Iterable[Event]) -> pb.SubmitResponse:
 
 def decode_events(request_id: str, response: pb.SubmitResponse) -> tuple[tuple[TokenEvent, ...], FinishEvent | None]:
     """Tokens of a response in their order, and the finish where it carries one."""
-    tokens = tuple(
-        TokenEvent(request_id=request_id, index=token.index, token_id=token.token_id) for token in response.tokens
-    )
+    tokens = tuple(_decode_token(request_id, token) for token in response.tokens)
     if not response.HasField("finish"):
         return tokens, None
     return tokens, _decode_finish(request_id, response.finish)
+
+
+def _decode_token(request_id: str, token: pb.Token) -> TokenEvent:
+    logprobs = _decode_logprobs(token.logprobs) if token.HasField("logprobs") else None
+    return TokenEvent(request_id=request_id, index=token.index, token_id=token.token_id, logprobs=logprobs)
+
+
+def _encode_logprobs(logprobs: TokenLogprobs) -> pb.Logprobs:
+    top = [pb.TokenLogprob(token_id=token, logprob=logprob) for token, logprob in logprobs.top]
+    return pb.Logprobs(chosen=logprobs.logprob, top=top)
+
+
+def _decode_logprobs(message: pb.Logprobs) -> TokenLogprobs:
+    return TokenLogprobs(logprob=message.chosen, top=tuple((one.token_id, one.logprob) for one in message.top))
 
 
 def _encode_finish(event: FinishEvent) -> pb.Finish:

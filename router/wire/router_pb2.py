@@ -24,39 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18router/wire/router.proto\x12\x0eherd.router.v1\"\xc4\x01\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12\x13\n\x0b\x65mitted_ids\x18\x04 \x03(\r\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.herd.router.v1.Sampling\x12\x12\n\ntimeout_ms\x18\x06 \x01(\x04\x12%\n\x06images\x18\x07 \x03(\x0b\x32\x15.herd.router.v1.Image\":\n\x05Image\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x11\n\tnum_tiles\x18\x02 \x01(\r\x12\x0e\n\x06pixels\x18\x03 \x01(\x0c\"\x9f\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x06\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x12\n\nmin_tokens\x18\x06 \x01(\r\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\"_\n\x0eSubmitResponse\x12%\n\x06tokens\x18\x01 \x03(\x0b\x32\x15.herd.router.v1.Token\x12&\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x16.herd.router.v1.Finish\"(\n\x05Token\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\"l\n\x06\x46inish\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.herd.router.v1.FinishReason\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\"\xb7\x01\n\x07Refusal\x12\x30\n\noverloaded\x18\x01 \x01(\x0b\x32\x1a.herd.router.v1.OverloadedH\x00\x12\x35\n\rinvalid_input\x18\x02 \x01(\x0b\x32\x1c.herd.router.v1.InvalidInputH\x00\x12;\n\x10\x63ontext_overflow\x18\x03 \x01(\x0b\x32\x1f.herd.router.v1.ContextOverflowH\x00\x42\x06\n\x04kind\"1\n\nOverloaded\x12\x0c\n\x04what\x18\x01 \x01(\t\x12\x15\n\rretry_after_s\x18\x02 \x01(\x01\"?\n\x0cInvalidInput\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\x12\x0c\n\x04rule\x18\x03 \x01(\t\"^\n\x0f\x43ontextOverflow\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\x04\x12\x15\n\rmax_model_len\x18\x03 \x01(\x04\"\r\n\x0bPingRequest\"\x0e\n\x0cPingResponse*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\x9d\x01\n\rRouterService\x12I\n\x06Submit\x12\x1d.herd.router.v1.SubmitRequest\x1a\x1e.herd.router.v1.SubmitResponse0\x01\x12\x41\n\x04Ping\x12\x1b.herd.router.v1.PingRequest\x1a\x1c.herd.router.v1.PingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18router/wire/router.proto\x12\x0eherd.router.v1\"\xea\x01\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12\x13\n\x0b\x65mitted_ids\x18\x04 \x03(\r\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.herd.router.v1.Sampling\x12\x12\n\ntimeout_ms\x18\x06 \x01(\x04\x12%\n\x06images\x18\x07 \x03(\x0b\x32\x15.herd.router.v1.Image\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x12\n\ncache_salt\x18\t \x01(\t\":\n\x05Image\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x11\n\tnum_tiles\x18\x02 \x01(\r\x12\x0e\n\x06pixels\x18\x03 \x01(\x0c\"\xf6\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x06\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x12\n\nmin_tokens\x18\x06 \x01(\r\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\r\n\x05min_p\x18\t \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x01\x12-\n\nlogit_bias\x18\r \x03(\x0b\x32\x19.herd.router.v1.LogitBias\x12\x19\n\x0cnum_logprobs\x18\x0e \x01(\rH\x01\x88\x01\x01\x42\x15\n\x13_repetition_penaltyB\x0f\n\r_num_logprobs\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"_\n\x0eSubmitResponse\x12%\n\x06tokens\x18\x01 \x03(\x0b\x32\x15.herd.router.v1.Token\x12&\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x16.herd.router.v1.Finish\"T\n\x05Token\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12*\n\x08logprobs\x18\x03 \x01(\x0b\x32\x18.herd.router.v1.Logprobs\"E\n\x08Logprobs\x12\x0e\n\x06\x63hosen\x18\x01 \x01(\x01\x12)\n\x03top\x18\x02 \x03(\x0b\x32\x1c.herd.router.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"l\n\x06\x46inish\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.herd.router.v1.FinishReason\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\"\xb7\x01\n\x07Refusal\x12\x30\n\noverloaded\x18\x01 \x01(\x0b\x32\x1a.herd.router.v1.OverloadedH\x00\x12\x35\n\rinvalid_input\x18\x02 \x01(\x0b\x32\x1c.herd.router.v1.InvalidInputH\x00\x12;\n\x10\x63ontext_overflow\x18\x03 \x01(\x0b\x32\x1f.herd.router.v1.ContextOverflowH\x00\x42\x06\n\x04kind\"1\n\nOverloaded\x12\x0c\n\x04what\x18\x01 \x01(\t\x12\x15\n\rretry_after_s\x18\x02 \x01(\x01\"?\n\x0cInvalidInput\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\x12\x0c\n\x04rule\x18\x03 \x01(\t\"^\n\x0f\x43ontextOverflow\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\x04\x12\x15\n\rmax_model_len\x18\x03 \x01(\x04\"\r\n\x0bPingRequest\"\x0e\n\x0cPingResponse*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\x9d\x01\n\rRouterService\x12I\n\x06Submit\x12\x1d.herd.router.v1.SubmitRequest\x1a\x1e.herd.router.v1.SubmitResponse0\x01\x12\x41\n\x04Ping\x12\x1b.herd.router.v1.PingRequest\x1a\x1c.herd.router.v1.PingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'router.wire.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1144
-  _globals['_FINISHREASON']._serialized_end=1293
+  _globals['_FINISHREASON']._serialized_start=1608
+  _globals['_FINISHREASON']._serialized_end=1757
   _globals['_SUBMITREQUEST']._serialized_start=45
-  _globals['_SUBMITREQUEST']._serialized_end=241
-  _globals['_IMAGE']._serialized_start=243
-  _globals['_IMAGE']._serialized_end=301
-  _globals['_SAMPLING']._serialized_start=304
-  _globals['_SAMPLING']._serialized_end=463
-  _globals['_SUBMITRESPONSE']._serialized_start=465
-  _globals['_SUBMITRESPONSE']._serialized_end=560
-  _globals['_TOKEN']._serialized_start=562
-  _globals['_TOKEN']._serialized_end=602
-  _globals['_FINISH']._serialized_start=604
-  _globals['_FINISH']._serialized_end=712
-  _globals['_REFUSAL']._serialized_start=715
-  _globals['_REFUSAL']._serialized_end=898
-  _globals['_OVERLOADED']._serialized_start=900
-  _globals['_OVERLOADED']._serialized_end=949
-  _globals['_INVALIDINPUT']._serialized_start=951
-  _globals['_INVALIDINPUT']._serialized_end=1014
-  _globals['_CONTEXTOVERFLOW']._serialized_start=1016
-  _globals['_CONTEXTOVERFLOW']._serialized_end=1110
-  _globals['_PINGREQUEST']._serialized_start=1112
-  _globals['_PINGREQUEST']._serialized_end=1125
-  _globals['_PINGRESPONSE']._serialized_start=1127
-  _globals['_PINGRESPONSE']._serialized_end=1141
-  _globals['_ROUTERSERVICE']._serialized_start=1296
-  _globals['_ROUTERSERVICE']._serialized_end=1453
+  _globals['_SUBMITREQUEST']._serialized_end=279
+  _globals['_IMAGE']._serialized_start=281
+  _globals['_IMAGE']._serialized_end=339
+  _globals['_SAMPLING']._serialized_start=342
+  _globals['_SAMPLING']._serialized_end=716
+  _globals['_LOGITBIAS']._serialized_start=718
+  _globals['_LOGITBIAS']._serialized_end=761
+  _globals['_SUBMITRESPONSE']._serialized_start=763
+  _globals['_SUBMITRESPONSE']._serialized_end=858
+  _globals['_TOKEN']._serialized_start=860
+  _globals['_TOKEN']._serialized_end=944
+  _globals['_LOGPROBS']._serialized_start=946
+  _globals['_LOGPROBS']._serialized_end=1015
+  _globals['_TOKENLOGPROB']._serialized_start=1017
+  _globals['_TOKENLOGPROB']._serialized_end=1066
+  _globals['_FINISH']._serialized_start=1068
+  _globals['_FINISH']._serialized_end=1176
+  _globals['_REFUSAL']._serialized_start=1179
+  _globals['_REFUSAL']._serialized_end=1362
+  _globals['_OVERLOADED']._serialized_start=1364
+  _globals['_OVERLOADED']._serialized_end=1413
+  _globals['_INVALIDINPUT']._serialized_start=1415
+  _globals['_INVALIDINPUT']._serialized_end=1478
+  _globals['_CONTEXTOVERFLOW']._serialized_start=1480
+  _globals['_CONTEXTOVERFLOW']._serialized_end=1574
+  _globals['_PINGREQUEST']._serialized_start=1576
+  _globals['_PINGREQUEST']._serialized_end=1589
+  _globals['_PINGRESPONSE']._serialized_start=1591
+  _globals['_PINGRESPONSE']._serialized_end=1605
+  _globals['_ROUTERSERVICE']._serialized_start=1760
+  _globals['_ROUTERSERVICE']._serialized_end=1917
 # @@protoc_insertion_point(module_scope)

@@ -389,6 +389,8 @@ MODEL: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "cannot be read",
     ),
     "generation-temperature": (generation(temperature="hot"), "generation_config.json", "temperature"),
+    "generation-beams": (generation(num_beams=4), "generation_config.json", "num_beams"),
+    "generation-ngrams": (generation(no_repeat_ngram_size=3), "generation_config.json", "no_repeat_ngram_size"),
     "processor-mean": (
         in_json("preprocessor_config.json", lambda config: config.update(image_mean=[0.1, 0.2, 0.3])),
         "preprocessor_config.json",
@@ -510,6 +512,7 @@ ODD: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no-template": (lambda folder: (folder / "chat_template.jinja").unlink(), ()),
     "no-generation-config": (lambda folder: (folder / "generation_config.json").unlink(), ()),
     "end-token-outside": (generation(eos_token_id=999_999), ("generation_config.json",)),
+    "generation-max-length": (generation(max_length=4096, num_beams=1), ("generation_config.json",)),
     "unknown-config-fields": (text_config(for_llm_compressor=False, cache_implementation="static"), ()),
 }
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_backend import EOS, ByteDetokenizer, ScriptedBackend, Step, failure, length, stop
+from scripted_backend import EOS, ByteDetokenizer, ByteTokenizer, ScriptedBackend, Step, failure, length, scores, stop
 
 from experts.errors import Overloaded, RouterLost
 from router.api import answer as answer_module
 from router.api.answer import Piece, Transcript, answer
 from router.api.errors import INTERNAL_TEXT, ApiError
+from router.api.logprobs import Scores
 from router.api.running import RunningAnswers
 from router.engine.request import FinishEvent, FinishReason, SamplingParams
 from router.prompt.stops import StopStrings
@@ -26,14 +27,17 @@ from router.prompt.stops import StopStrings
 class Scene:
     """One answer over a scripted backend."""
 
-    def __init__(self, *script: Step, stops: Sequence[str] = (), prefix: str = "", **rules: Any) -> None:
+    def __init__(
+        self, *script: Step, stops: Sequence[str] = (), prefix: str = "", num_logprobs: int | None = None, **rules: Any
+    ) -> None:
         self.backend = ScriptedBackend(lambda _: script)
-        self.transcript = Transcript(ByteDetokenizer(), StopStrings(stops), **rules)
+        kept = Scores(ByteTokenizer()) if num_logprobs is not None else None
+        self.transcript = Transcript(ByteDetokenizer(), StopStrings(stops), scores=kept, **rules)
         submit = partial(
             self.backend.submit,
             request_id="r",
             prompt_ids=[1],
-            sampling=SamplingParams(max_tokens=100),
+            sampling=SamplingParams(max_tokens=100, num_logprobs=num_logprobs),
             deadline=0.0,
         )
         self.pieces = answer(submit, self.transcript, deadline=time.monotonic() + 60, prefix=prefix)
@@ -135,6 +139,71 @@ def test_stop_strings_cut_as_if_the_text_were_known(text: str, stops: list[str],
     assert sent == text[: end if keep else start]
     assert finish == ("stop" if ends else "length")
     assert num_tokens == len(text[:end].encode())
+
+
+# Scored tokens
+
+
+def scored(*script: Step, num_logprobs: int | None = 0, **fields: Any) -> list[tuple[str, bytes]]:
+    """(text, bytes of the tokens that came with it) of each piece."""
+    pieces = asyncio.run(taken(Scene(*script, num_logprobs=num_logprobs, **fields).pieces))
+    return [(piece.text, b"".join(token.chosen.raw or b"?" for token in piece.tokens)) for piece in pieces]
+
+
+def test_tokens_come_with_the_first_character_of_their_text() -> None:
+    assert scored("ab", stop()) == [("a", b"a"), ("b", b"b"), ("", b"")]
+    assert scored("ab", stop(), num_logprobs=None) == [("a", b""), ("b", b""), ("", b"")]
+    assert scored("aé", stop()) == [("a", b"a"), ("é", "é".encode()), ("", b"")]
+    assert scored("é", stop()) == [("", b""), ("é", "é".encode()), ("", b"")]
+
+
+def test_tokens_held_back_for_a_stop_string_come_when_their_text_does() -> None:
+    assert scored("aENx", stop(), stops=["END"]) == [("a", b"a"), ("ENx", b"ENx"), ("", b"")]
+    assert scored("aEN", length(), stops=["END"]) == [("a", b"a"), ("EN", b"EN")]
+
+
+def test_tokens_that_a_stop_string_cuts_off_are_left_out() -> None:
+    assert scored("aENDb", stop(), stops=["END"]) == [("a", b"a"), ("", b"")]
+    assert scored("aENDb", stop(), stops=["END"], keep_stop=True) == [("a", b"a"), ("END", b"END")]
+    assert scored("abEND", stop(), stops=["END"], min_tokens=5) == [*((c, c.encode()) for c in "abEND"), ("", b"")]
+
+
+def test_a_character_that_never_ends_comes_at_the_end() -> None:
+    assert scored("a", b"\xe2\x82", length()) == [("a", b"a"), ("\ufffd", b"\xe2\x82")]
+    assert scored("a", b"\xe2\x82", length(), stops=["\ufffd"]) == [("a", b"a"), ("", b"")]
+
+
+def test_special_tokens_of_an_answer_come_with_it_and_one_that_ends_it_does_not() -> None:
+    assert scored("a", EOS, "b", stop()) == [("a", b"a"), ("b", b"?b"), ("", b"")]
+    assert scored("a", EOS, EOS, length()) == [("a", b"a"), ("", b"??")]
+    assert scored("a", EOS, stop(), end_ids=frozenset({EOS})) == [("a", b"a"), ("", b"")]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.text(alphabet="abé", max_size=30),
+    stops=st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3),
+    keep=st.booleans(),
+    num_logprobs=st.integers(0, 3),
+)
+def test_scored_tokens_spell_the_text(text: str, stops: list[str], keep: bool, num_logprobs: int) -> None:
+    pieces = asyncio.run(taken(Scene(text, length(), stops=stops, keep_stop=keep, num_logprobs=num_logprobs).pieces))
+    sent = "".join(piece.text for piece in pieces)
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert b"".join(token.chosen.raw or b"" for token in tokens).decode() == sent
+    for token in tokens:
+        assert token.chosen.raw is not None
+        expected = scores(token.chosen.raw[0], num_logprobs)
+        assert expected is not None and len(token.top) == num_logprobs
+        assert (token.chosen.logprob, [one.logprob for one in token.top]) == (
+            expected.logprob,
+            [logprob for _, logprob in expected.top],
+        )
+        assert sent.encode()[len(sent[: token.offset].encode()) :][:3].find(token.chosen.raw) in (0, 1)
+    seen = ""
+    for piece in pieces:
+        seen += piece.text
+        assert all(token.offset < len(seen) for token in piece.tokens), "before its text"
 
 
 def test_errors_of_the_backend_pass_through() -> None:

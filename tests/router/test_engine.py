@@ -13,7 +13,7 @@ from experts.errors import InvalidInput, RouterLost
 from experts.placement import ExpertKey
 from router.engine.engine import Engine
 from router.engine.kv_cache import KVCache, KVLayout
-from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
+from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 from router.engine.runner import StepOutcome
 from router.engine.scheduler import Scheduler, SchedulerConfig, Step
 
@@ -45,7 +45,9 @@ class Counting:
                 failed.add(piece.request.request_id)
             elif piece.samples:
                 sampled[piece.request.request_id] = piece.request.token_ids[-1] + 1
-        return StepOutcome(sampled=sampled, lost=lost, failed=frozenset(failed))
+        asked = {piece.request.request_id for piece in step.pieces if piece.request.sampling.num_logprobs is not None}
+        logprobs = {name: TokenLogprobs(logprob=-float(sampled[name])) for name in sampled if name in asked}
+        return StepOutcome(sampled=sampled, lost=lost, failed=frozenset(failed), logprobs=logprobs)
 
     def available(self, missing: frozenset[ExpertKey]) -> bool:
         return not self.away.is_set()
@@ -101,6 +103,26 @@ def ask(engine: Engine, name: str, prompt: list[int], emitted: tuple[int, ...] =
         name, 0, prompt, list(emitted), SamplingParams(**{"max_tokens": 5, **sampling}), time.monotonic() + FAR, client
     )
     return client
+
+
+def test_logprobs_come_with_the_tokens_that_asked(engine: Engine) -> None:
+    asking, silent = ask(engine, "a", [1], num_logprobs=0, max_tokens=2), ask(engine, "b", [1], max_tokens=2)
+    for client, expected in (
+        (asking, [TokenLogprobs(logprob=-2.0), TokenLogprobs(logprob=-3.0)]),
+        (silent, [None] * 2),
+    ):
+        events = [client.next() for _ in range(3)]
+        assert [event.logprobs for event in events if isinstance(event, TokenEvent)] == expected
+
+
+def test_sampling_that_cannot_be_followed_is_refused_at_submission(engine: Engine) -> None:
+    with pytest.raises(InvalidInput, match="stop_token_ids: token ids must be in 0 … 99"):
+        engine.submit(
+            "a", 0, [1], [], SamplingParams(max_tokens=5, stop_token_ids=(100,)), time.monotonic() + FAR, Client()
+        )
+    with pytest.raises(InvalidInput, match="temperature: "):
+        engine.submit("a", 0, [1], [], SamplingParams(max_tokens=5, temperature=-1.0), time.monotonic() + FAR, Client())
+    assert ask(engine, "a", [1]).rest()[0] == [2, 3, 4, 5, 6]
 
 
 def test_counts_to_max_tokens(engine: Engine) -> None:

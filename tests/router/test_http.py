@@ -30,7 +30,7 @@ from scripted_backend import (
 
 from experts.errors import ExpertUnavailable, HerdError, InvalidInput, Overloaded, RouterLost
 from router.api import http
-from router.api.defaults import ServingDefaults
+from router.api.defaults import ServingDefaults, choice_seed
 from router.api.errors import INTERNAL_TEXT
 from router.api.fields import UNSUPPORTED_CHAT
 from router.api.http import HttpOptions, build_app
@@ -286,6 +286,104 @@ def test_events_stay_on_one_line_by_anybodys_rules() -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in events(response.text)) == text
 
 
+# Choices and log probabilities
+
+
+def test_choices_have_one_prompt_and_seeds_of_their_own() -> None:
+    server = Server(play=lambda submission: [str(submission.sampling.seed % 10), stop()])
+    body = {"model": MODEL, "prompt": ["a", "bb"], "n": 3, "seed": 7}
+    answer = server.post(COMPLETION_URL, body).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    seeds = [choice_seed(7, number) for number in range(3)] * 2
+    assert [choice["text"] for choice in answer["choices"]] == [str(seed % 10) for seed in seeds]
+    assert answer["usage"] == {"prompt_tokens": 2 + 3, "completion_tokens": 6, "total_tokens": 11}
+    assert [submission.sampling.seed for submission in server.backend.submissions] == seeds
+    assert [submission.prompt for submission in server.backend.submissions] == ["a"] * 3 + ["bb"] * 3
+    assert len({submission.request_id for submission in server.backend.submissions}) == 6
+
+
+def test_choices_of_a_chat_stream_begin_each_with_a_role() -> None:
+    chunks = events(Server("ab", stop()).post(CHAT_URL, {**CHAT, "n": 3, "temperature": 0, "stream": True}).text)
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    for index in range(3):
+        mine = [choice for choice in choices if choice["index"] == index]
+        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(choice["delta"].get("content", "") for choice in mine) == "ab"
+        assert [choice["finish_reason"] for choice in mine] == [None] * (len(mine) - 1) + ["stop"]
+
+
+def test_one_refused_choice_refuses_all() -> None:
+    left = iter([[asyncio.Event()], [Overloaded("full", 1.0)], [asyncio.Event()]])
+    server = Server(play=lambda submission: next(left))
+    check_envelope(server.post(CHAT_URL, {**CHAT, "n": 3}), 429)
+    assert [submission.closed for submission in server.backend.submissions] == [True] * 3
+
+
+def test_priority_and_salt_reach_the_backend() -> None:
+    server = Server("x", stop())
+    server.post(CHAT_URL, {**CHAT, "priority": -5, "cache_salt": "tenant-7", "n": 2})
+    server.post(COMPLETION_URL, PROMPT)
+    told = [(submission.priority, submission.cache_salt) for submission in server.backend.submissions]
+    assert told == [(-5, "tenant-7"), (-5, "tenant-7"), (0, "")]
+
+
+def entry(token: str, *, top: int | None = None, raw: bytes | None = None) -> dict[str, Any]:
+    """A chat token as the scripted backend scores it."""
+    first = (raw or token.encode())[0]
+    one = {"token": token, "logprob": -(first + 1) / 64, "bytes": list(raw or token.encode())}
+    if top is None:
+        return one
+    others = [{**entry(chr(first + i)), "logprob": -(first + 1) / 64 - i} for i in range(top)]
+    return {**one, "top_logprobs": others}
+
+
+def test_chat_logprobs() -> None:
+    body = {**CHAT, "logprobs": True, "top_logprobs": 2}
+    [choice] = Server("ab", EOS, stop()).post(CHAT_URL, body).json()["choices"]
+    assert choice["logprobs"] == {"content": [entry("a", top=2), entry("b", top=2)], "refusal": None}
+    chunks = events(Server("ab", EOS, stop()).post(CHAT_URL, {**body, "stream": True}).text)
+    found = [(chunk["choices"][0]["delta"].get("content"), chunk["choices"][0]["logprobs"]) for chunk in chunks]
+    assert found == [
+        ("", None),
+        ("a", {"content": [entry("a", top=2)], "refusal": None}),
+        ("b", {"content": [entry("b", top=2)], "refusal": None}),
+        (None, None),
+    ]
+    [choice] = Server(stop()).post(CHAT_URL, {**CHAT, "logprobs": True}).json()["choices"]
+    assert choice["logprobs"] == {"content": [], "refusal": None}
+
+
+def test_chat_logprobs_of_pieces_of_characters_and_special_tokens() -> None:
+    body = {**CHAT, "logprobs": True, "ignore_eos": True}
+    [choice] = Server("é", EOS, length()).post(CHAT_URL, body).json()["choices"]
+    *pieces, special = choice["logprobs"]["content"]
+    assert pieces == [entry("\ufffd", top=0, raw=b"\xc3"), entry("\ufffd", top=0, raw=b"\xa9")]
+    assert (special["token"], special["bytes"]) == ("<eos>", None)
+
+
+def test_completion_logprobs() -> None:
+    body = {**PROMPT, "logprobs": 2, "stop": ["d"]}
+    [choice] = Server("ébcd", asyncio.Event()).post(COMPLETION_URL, body).json()["choices"]
+    assert choice["text"] == "ébc"
+    scored = choice["logprobs"]
+    assert list(scored) == ["tokens", "token_logprobs", "top_logprobs", "text_offset"]
+    assert scored["tokens"] == ["\ufffd", "\ufffd", "b", "c"]
+    assert scored["text_offset"] == [0, 0, 1, 2]
+    assert scored["token_logprobs"] == [-(byte + 1) / 64 for byte in "ébc".encode()]
+    assert scored["top_logprobs"][2] == {"b": -99 / 64, "c": -99 / 64 - 1}
+    [choice] = Server("b", stop()).post(COMPLETION_URL, {**PROMPT, "logprobs": 0}).json()["choices"]
+    assert choice["logprobs"]["top_logprobs"] == [{"b": -99 / 64}], "the chosen token is always there"
+
+
+def test_completion_stream_offsets_go_on() -> None:
+    body = {"model": MODEL, "prompt": ["x", "y"], "n": 2, "logprobs": 1, "stream": True}
+    chunks = events(Server("abc", stop()).post(COMPLETION_URL, body).text)
+    for index in range(4):
+        mine = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["index"] == index]
+        assert [one["text_offset"] for one in mine if one] == [[0], [1], [2]]
+        assert mine[-1] is None
+
+
 # Errors
 
 
@@ -361,6 +459,11 @@ def test_an_error_of_a_late_stream_is_an_event() -> None:
         ({**CHAT, "messages": [{"role": "user", "content": "x" * 1000}]}, "messages", "context_length_exceeded"),
         ({**CHAT, "stop_token_ids": [3, 10**9]}, "stop_token_ids[1]", None),
         ({**CHAT, "max_token": 5}, "max_token", None),
+        ({**CHAT, "logit_bias": {"3": 1, "258": 1}}, "logit_bias.258", None),
+        ({**CHAT, "logit_bias": {"x": 1}}, "logit_bias.x", None),
+        ({**CHAT, "n": 17}, "n", None),
+        ({**CHAT, "top_logprobs": 1}, "top_logprobs", None),
+        ({**CHAT, "n": 2, "best_of": 3}, "best_of", "unsupported_parameter"),
         ([], "body", None),
     ],
 )
@@ -741,6 +844,47 @@ def test_openai_client_completions_and_models() -> None:
     with_openai(Server("xyz", length()), use)
 
 
+def test_openai_client_reads_choices_and_logprobs() -> None:
+    async def use(client: openai.AsyncOpenAI) -> None:
+        answer = await client.chat.completions.create(
+            **CHAT, n=2, seed=5, logprobs=True, top_logprobs=3, presence_penalty=0.5, logit_bias={"5": -3},
+            extra_body={"min_p": 0.1, "repetition_penalty": 1.2, "priority": 3, "cache_salt": "s"},
+        )  # fmt: skip
+        assert [choice.index for choice in answer.choices] == [0, 1]
+        for choice in answer.choices:
+            assert choice.logprobs is not None and choice.logprobs.content is not None
+            assert "".join(token.token for token in choice.logprobs.content) == choice.message.content == "xyz"
+            assert [len(token.top_logprobs) for token in choice.logprobs.content] == [3] * 3
+            assert choice.logprobs.content[0].top_logprobs[1].bytes == [ord("y")]
+        completion = await client.completions.create(model=MODEL, prompt="a", logprobs=5, n=2)
+        for done in completion.choices:
+            assert done.logprobs is not None and done.logprobs.tokens == ["x", "y", "z"]
+            assert done.logprobs.text_offset == [0, 1, 2]
+            assert done.logprobs.top_logprobs is not None and len(done.logprobs.top_logprobs[0]) == 5
+
+    server = Server("xyz", length())
+    with_openai(server, use)
+    sampling = server.backend.submissions[0].sampling
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.presence_penalty) == (0.1, 1.2, 0.5)
+    assert (sampling.logit_bias, sampling.num_logprobs, sampling.seed) == (((5, -3.0),), 3, 5)
+
+
+def test_openai_client_reads_streamed_logprobs() -> None:
+    async def use(client: openai.AsyncOpenAI) -> None:
+        tokens: dict[int, str] = {0: "", 1: ""}
+        async for chunk in await client.chat.completions.create(**CHAT, n=2, logprobs=True, stream=True):
+            for choice in chunk.choices:
+                if choice.logprobs is not None:
+                    tokens[choice.index] += "".join(token.token for token in choice.logprobs.content or [])
+        assert tokens == {0: "xyz", 1: "xyz"}
+        told: list[float] = []
+        async for piece in await client.completions.create(model=MODEL, prompt="a", logprobs=1, stream=True):
+            told += (piece.choices[0].logprobs.token_logprobs or []) if piece.choices[0].logprobs else []
+        assert told == [-(byte + 1) / 64 for byte in b"xyz"]
+
+    with_openai(Server("xyz", length()), use)
+
+
 @pytest.mark.parametrize(
     ("script", "fields", "kind", "code"),
     [
@@ -748,7 +892,7 @@ def test_openai_client_completions_and_models() -> None:
         ([ExpertUnavailable([(1, 2)])], {}, openai.InternalServerError, "expert_unavailable"),
         ([], {"model": "gpt-9"}, openai.NotFoundError, "model_not_found"),
         ([], {"max_tokens": 10_000}, openai.BadRequestError, "context_length_exceeded"),
-        ([], {"n": 2}, openai.BadRequestError, "unsupported_parameter"),
+        ([], {"tools": [{}]}, openai.BadRequestError, "unsupported_parameter"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

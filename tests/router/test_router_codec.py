@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from experts.errors import ContextOverflow, InvalidInput, Overloaded
 from router.engine.images import ImageInput
-from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
+from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 from router.wire import router_pb2 as pb
 from router.wire.codec import (
     MAX_IMAGES,
@@ -18,6 +18,7 @@ from router.wire.codec import (
     decode_events,
     decode_images,
     decode_refusal,
+    decode_salt,
     decode_sampling,
     encode_events,
     encode_refusal,
@@ -40,11 +41,21 @@ WHOLE = settings(deadline=None, max_examples=50)
         min_tokens=IDS,
         ignore_eos=st.booleans(),
         stop_token_ids=st.lists(IDS).map(tuple),
+        min_p=st.floats(0.0, 1.0),
+        repetition_penalty=st.floats(allow_nan=False),
+        presence_penalty=st.floats(allow_nan=False),
+        frequency_penalty=st.floats(allow_nan=False),
+        logit_bias=st.lists(st.tuples(IDS, st.floats(allow_nan=False))).map(tuple),
+        num_logprobs=st.none() | IDS,
     ),
+    priority=st.integers(-(2**31), 2**31 - 1),
+    cache_salt=st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=128),
     prompt_ids=st.lists(IDS),
     emitted_ids=st.lists(IDS),
 )
-def test_a_request_survives(sampling: SamplingParams, prompt_ids: list[int], emitted_ids: list[int]) -> None:
+def test_a_request_survives(
+    sampling: SamplingParams, prompt_ids: list[int], emitted_ids: list[int], priority: int, cache_salt: str
+) -> None:
     sent = encode_submit(
         request_id="größe",
         attempt=3,
@@ -52,13 +63,31 @@ def test_a_request_survives(sampling: SamplingParams, prompt_ids: list[int], emi
         emitted_ids=emitted_ids,
         sampling=sampling,
         timeout_s=1.5,
+        priority=priority,
+        cache_salt=cache_salt,
     )
     got = pb.SubmitRequest.FromString(sent.SerializeToString())
     assert (got.request_id, got.attempt, got.timeout_ms) == ("größe", 3, 1500)
     assert (list(got.prompt_ids), list(got.emitted_ids)) == (prompt_ids, emitted_ids)
     assert decode_sampling(got.sampling) == sampling
+    assert (got.priority, decode_salt(got)) == (priority, cache_salt)
 
 
+def test_what_a_message_leaves_out_changes_nothing() -> None:
+    assert decode_sampling(pb.Sampling(top_p=1.0, max_tokens=1)) == SamplingParams(temperature=0.0, max_tokens=1)
+
+
+@pytest.mark.parametrize("salt", ["x" * 129, "a b", "ä", "a\n"])
+def test_other_salts_are_refused(salt: str) -> None:
+    with pytest.raises(InvalidInput, match=r"^cache_salt: "):
+        decode_salt(pb.SubmitRequest(cache_salt=salt))
+
+
+LOGPROBS = st.builds(
+    TokenLogprobs,
+    logprob=st.floats(max_value=0.0),
+    top=st.lists(st.tuples(IDS, st.floats(max_value=0.0)), max_size=20).map(tuple),
+)
 IMAGES = st.builds(
     lambda digest, num_tiles, size: ImageInput(digest=digest, num_tiles=num_tiles, pixels=bytes(3 * num_tiles * size)),
     st.binary(min_size=32, max_size=32),
@@ -117,7 +146,9 @@ def test_time_that_has_passed_is_no_time_and_a_negative_seed_keeps_its_bits() ->
 
 @WHOLE
 @given(
-    tokens=st.lists(st.builds(TokenEvent, request_id=st.just("r"), index=IDS, token_id=IDS)),
+    tokens=st.lists(
+        st.builds(TokenEvent, request_id=st.just("r"), index=IDS, token_id=IDS, logprobs=st.none() | LOGPROBS)
+    ),
     finish=st.none()
     | st.builds(
         FinishEvent,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from experts.errors import CheckpointError, ContextOverflow, InvalidInput
 from router.api.body import MAX_DEPTH, MAX_NODES, parse_object
-from router.api.defaults import ServingDefaults, to_sampling
+from router.api.defaults import ServingDefaults, choice_seed, to_sampling
 from router.api.errors import Missing, Unsupported, api_error
 from router.api.fields import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION, near_miss
 from router.api.schema import ChatCompletionRequest, CompletionRequest, parse_chat, parse_completion
@@ -64,6 +64,24 @@ def test_null_means_absent_everywhere() -> None:
         ("min_tokens", 0),
         ("user", "somebody"),
         ("stream", True),
+        ("min_p", 0),
+        ("min_p", 1),
+        ("repetition_penalty", 1e-9),
+        ("repetition_penalty", 2),
+        ("presence_penalty", -2),
+        ("presence_penalty", 2),
+        ("frequency_penalty", -2),
+        ("frequency_penalty", 2),
+        ("n", 1),
+        ("n", 16),
+        ("best_of", 1),
+        ("logprobs", True),
+        ("logprobs", False),
+        ("top_logprobs", 0),
+        ("priority", -(2**31)),
+        ("priority", 2**31 - 1),
+        ("cache_salt", "!"),
+        ("cache_salt", "~" * 128),
         ("chat_template_kwargs", {"date": "today"}),
     ],
 )
@@ -111,6 +129,43 @@ def test_values_at_the_edge_are_accepted(field: str, value: object) -> None:
             "stream_options.include_usge",
             "did you mean include_usage",
         ),
+        ({"min_p": -0.01}, "min_p", "must be at least 0.0"),
+        ({"min_p": 1.01}, "min_p", "must be at most 1.0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "must be greater than 0.0"),
+        ({"repetition_penalty": 2.01}, "repetition_penalty", "must be at most 2.0"),
+        ({"presence_penalty": 2.01}, "presence_penalty", "must be at most 2.0"),
+        ({"presence_penalty": -2.01}, "presence_penalty", "must be at least -2.0"),
+        ({"frequency_penalty": 2.01}, "frequency_penalty", "must be at most 2.0"),
+        ({"frequency_penalty": -2.01}, "frequency_penalty", "must be at least -2.0"),
+        ({"frequency_penalty": "1"}, "frequency_penalty", "must be a number"),
+        ({"n": 0}, "n", "must be at least 1"),
+        ({"n": 17}, "n", "must be at most 16"),
+        ({"n": True}, "n", "must be an integer"),
+        ({"n": 1.5}, "n", "must be an integer"),
+        ({"best_of": 0}, "best_of", "must be at least 1"),
+        ({"logprobs": 1}, "logprobs", "must be true or false"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "must be at most 20"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", "must be at least 0"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs logprobs to be true"),
+        ({"logit_bias": [1]}, "logit_bias", "must be an object"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "must be token ids"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1", "must be token ids"),
+        ({"logit_bias": {"01": 1}}, "logit_bias.01", "must be token ids"),
+        ({"logit_bias": {"٣": 1}}, "logit_bias.٣", "must be token ids"),
+        ({"logit_bias": {"": 1}}, "logit_bias", "must be token ids"),
+        ({"logit_bias": {"9" * 50: 1}}, "logit_bias.9999999999", "must be token ids"),
+        ({"logit_bias": {"5": 100.01}}, "logit_bias.5", "must be a number in -100 … 100"),
+        ({"logit_bias": {"5": -101}}, "logit_bias.5", "must be a number in -100 … 100"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias.5", "must be a number"),
+        ({"logit_bias": {"5": True}}, "logit_bias.5", "must be a number"),
+        ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "at most 1024 entries"),
+        ({"priority": 2**31}, "priority", "must be at most"),
+        ({"priority": -(2**31) - 1}, "priority", "must be at least"),
+        ({"priority": 1.0}, "priority", "must be an integer"),
+        ({"cache_salt": ""}, "cache_salt", "at least 1 characters"),
+        ({"cache_salt": "x" * 129}, "cache_salt", "at most 128 characters"),
+        ({"cache_salt": "a b"}, "cache_salt", "must be visible ASCII"),
+        ({"cache_salt": "ä"}, "cache_salt", "must be visible ASCII"),
         ({"ignore_eos": 0}, "ignore_eos", "must be true or false"),
         ({"user": "Jörg"}, "user", "must be visible ASCII"),
         ({"user": "x" * 129}, "user", "at most 128 characters"),
@@ -175,16 +230,11 @@ def test_missing_content_is_named() -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{}]}, "functions"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logprobs": True}, "logprobs"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"n": 2}, "n"),
-        ({"n": True}, "n"),
         ({"best_of": 3}, "best_of"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"presence_penalty": -1}, "presence_penalty"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"min_p": 0.1}, "min_p"),
+        ({"n": 2, "best_of": 1}, "best_of"),
+        ({"allowed_token_ids": [1]}, "allowed_token_ids"),
+        ({"bad_words": ["x"]}, "bad_words"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"audio": {}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"guided_json": {}}, "guided_json"),
@@ -289,9 +339,36 @@ def test_bad_prompts_are_named(prompt: object, path: str) -> None:
 
 def test_completion_fields() -> None:
     assert parse_completion({"model": "m", "prompt": "x", "echo": True}).echo
-    assert refused_completion(logprobs=0).field == "logprobs", "0 asks for the chosen tokens' logprobs"
+    for field in ("logprobs", "n"):
+        assert parse_completion({"model": "m", "prompt": "x", field: 5}).model_dump()[field] == 5
+    for value, rule in ((21, "must be at most 20"), (-1, "must be at least 0"), (True, "must be an integer")):
+        assert rule in refused_completion(logprobs=value).rule
+    error = refused_completion(logprobs=0, echo=True)
+    assert isinstance(error, Unsupported) and error.field == "logprobs" and "echo" in error.rule
     assert refused_completion(suffix="end").field == "suffix"
     assert refused_completion(prompts="x").rule == "is not a field; did you mean prompt?"
+
+
+def test_the_number_of_choices_is_bounded() -> None:
+    assert parse_completion({"model": "m", "prompt": ["x"] * 8, "n": 16}).n == 16
+    error = refused_completion(prompt=["x"] * 9, n=15)
+    assert (error.field, error.value) == ("n", 15) and "at most 128 choices" in error.rule
+    assert refused_completion(prompt=["x"] * 64, n=2, best_of=3).field == "best_of"
+
+
+def test_logprobs_asked_for() -> None:
+    assert parse_chat(chat()).num_logprobs is None
+    assert parse_chat(chat(logprobs=True)).num_logprobs == 0
+    assert parse_chat(chat(logprobs=True, top_logprobs=20)).num_logprobs == 20
+    assert parse_completion({"model": "m", "prompt": "x"}).num_logprobs is None
+    assert parse_completion({"model": "m", "prompt": "x", "logprobs": 0}).num_logprobs == 0
+
+
+def test_logit_bias_becomes_pairs() -> None:
+    biases = {str(token): 100 for token in range(1024)}
+    assert parse_chat(chat(logit_bias=biases)).logit_bias == tuple((token, 100.0) for token in range(1024))
+    assert parse_chat(chat(logit_bias={"0": -100, "7": 0.5})).logit_bias == ((0, -100.0), (7, 0.5))
+    assert parse_chat(chat(logit_bias=[])).logit_bias == parse_chat(chat(logit_bias={})).logit_bias == ()
 
 
 # Bodies
@@ -394,20 +471,33 @@ def test_any_object_is_a_request_or_invalid_input(fields: dict[str, Any], messag
 
 
 def test_omitted_values_follow_the_generation_config() -> None:
-    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 7, "eos_token_id": [3, 4]}
+    config = {
+        "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 7, "eos_token_id": [3, 4],
+        "repetition_penalty": 1.2, "min_p": 0.05,
+    }  # fmt: skip
     defaults = ServingDefaults.from_generation_config(config, frozenset({5}))
     sampling = to_sampling(parse_chat(chat()), defaults, 10, 100, lambda: 99)
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.9, 7)
+    assert (sampling.repetition_penalty, sampling.min_p) == (1.2, 0.05)
     assert (sampling.max_tokens, sampling.seed) == (90, 99)
     assert defaults.eos_token_ids == {5}
 
 
 def test_requests_override_the_generation_config() -> None:
-    defaults = ServingDefaults(temperature=0.6, top_p=0.9, top_k=7, max_new_tokens=20)
-    asked = chat(temperature=0, top_p=1, top_k=-1, seed=-1, max_tokens=30, stop_token_ids=[5, 5])
+    defaults = ServingDefaults(
+        temperature=0.6, top_p=0.9, top_k=7, max_new_tokens=20, repetition_penalty=1.2, min_p=0.05
+    )
+    asked = chat(
+        temperature=0, top_p=1, top_k=-1, seed=-1, max_tokens=30, stop_token_ids=[5, 5], repetition_penalty=1, min_p=0,
+        presence_penalty=0.5, frequency_penalty=-0.5, logit_bias={"3": -1}, logprobs=True, top_logprobs=4,
+    )  # fmt: skip
     sampling = to_sampling(parse_chat(asked), defaults, 10, 100, lambda: 99)
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.0, 1.0, 0)
     assert (sampling.max_tokens, sampling.seed, sampling.stop_token_ids) == (30, 2**63 - 1, (5,))
+    assert (sampling.repetition_penalty, sampling.min_p) == (1.0, 0.0)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -0.5)
+    assert (sampling.logit_bias, sampling.num_logprobs) == (((3, -1.0),), 4)
+    sampling.check(10)
 
 
 @pytest.mark.parametrize(
@@ -425,11 +515,46 @@ def test_greedy_unless_the_config_samples(config: dict[str, Any] | None, tempera
 
 
 @pytest.mark.parametrize(
-    "config", [{"temperature": "hot"}, {"top_p": 2}, {"top_k": -5}, {"max_new_tokens": "x"}, {"top_k": True}]
-)
+    "config",
+    [
+        {"temperature": "hot"}, {"top_p": 2}, {"top_k": -5}, {"max_new_tokens": "x"}, {"top_k": True},
+        {"do_sample": "true"}, {"repetition_penalty": 0}, {"repetition_penalty": 3}, {"min_p": 1.5},
+        {"no_repeat_ngram_size": 3}, {"num_beams": 4}, {"num_beams": True}, {"typical_p": 0.9},
+        {"epsilon_cutoff": 1e-4}, {"eta_cutoff": 1e-4}, {"bad_words_ids": [[1]]},
+        {"suppress_tokens": [1]}, {"begin_suppress_tokens": [1]},
+        {"forced_bos_token_id": 0}, {"forced_eos_token_id": 1}, {"sequence_bias": [[[1], 2.0]]},
+        {"guidance_scale": 1.5}, {"penalty_alpha": 0.6}, {"min_length": 1},
+        {"stop_strings": ["x"]}, {"encoder_repetition_penalty": 1.1},
+        {"exponential_decay_length_penalty": [1, 1.1]}, {"watermarking_config": {}}, {"top_h": 0.4},
+    ],
+)  # fmt: skip
 def test_damaged_generation_configs_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=next(iter(config))):
         ServingDefaults.from_generation_config(config)
+
+
+@pytest.mark.parametrize("name", ["max_length", "max_time", "num_return_sequences"])
+def test_harmless_wishes_are_named(name: str) -> None:
+    defaults = ServingDefaults.from_generation_config({"do_sample": True, name: 4096})
+    [(field, problem)] = defaults.unfollowed
+    assert field == name and problem.startswith("is 4096 and has no effect")
+
+
+def test_wishes_for_nothing_are_followed() -> None:
+    neutral = {
+        "num_beams": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0, "no_repeat_ngram_size": 0, "bad_words_ids": None,
+        "max_length": 20, "use_cache": True, "transformers_version": "5.0", "num_return_sequences": 1,
+        "length_penalty": 1.0, "token_healing": False, "pad_token_id": 3, "repetition_penalty": 1.0, "min_p": None,
+    }  # fmt: skip
+    defaults = ServingDefaults.from_generation_config(neutral)
+    assert defaults == ServingDefaults(temperature=0.0)
+
+
+def test_choices_have_seeds_of_their_own_and_the_first_the_seed_itself() -> None:
+    seeds = [choice_seed(5, number) for number in range(16)]
+    assert seeds[0] == 5 and len(set(seeds)) == 16 and all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds == [choice_seed(5, number) for number in range(16)]
+    assert not set(seeds) & {choice_seed(6, number) for number in range(16)}
 
 
 def test_max_new_tokens_bounds_only_what_is_not_said() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from scripted_router import PATIENCE_S, ScriptedEngine, answer
+from scripted_router import PATIENCE_S, VOCAB_SIZE, ScriptedEngine, answer, scored
 
 from experts.errors import ContextOverflow, InvalidInput, Overloaded
 from experts.placement import RouterInfo
@@ -128,6 +128,59 @@ def test_a_stream_is_all_tokens_in_order_and_one_finish() -> None:
         run(scenario)
 
 
+def test_logprobs_priority_and_salt_survive_the_death_of_a_router() -> None:
+    first, second = ScriptedEngine(hold_at=HELD), ScriptedEngine()
+    sampling = SamplingParams(
+        max_tokens=12, seed=3, min_p=0.25, repetition_penalty=1.1, presence_penalty=-0.3, frequency_penalty=0.7,
+        logit_bias=((0, -100.0), (VOCAB_SIZE - 1, 1 / 3)), num_logprobs=20,
+    )  # fmt: skip
+    expected = [scored("r", index, token, 20) for index, token in enumerate(answer(PROMPT, 12))]
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(a=server_a.address))
+        stream = pool.submit(
+            request_id="r",
+            prompt_ids=PROMPT,
+            sampling=sampling,
+            deadline=time.monotonic() + PATIENCE_S,
+            priority=-7,
+            cache_salt="mine",
+        )
+        assert await take(stream, HELD) == expected[:HELD]
+        pool.connect(view(a=server_a.address, b=server_b.address))
+        await asyncio.to_thread(first.stop)
+        *tokens, finish = await drain(stream)
+        assert tokens == expected[HELD:] and isinstance(finish, FinishEvent)
+        for engine, key in ((first, ("r", 0)), (second, ("r", 1))):
+            submission = engine.submitted[key]
+            assert (submission.sampling, submission.priority, submission.cache_salt) == (sampling, -7, "mine")
+
+    with served(first) as server_a, served(second) as server_b:
+        run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("temperature", pb.Sampling(temperature=float("nan"), top_p=1.0, max_tokens=1)),
+        ("top_p", pb.Sampling(max_tokens=1)),
+        ("repetition_penalty", pb.Sampling(top_p=1.0, repetition_penalty=0.0, max_tokens=1)),
+        ("frequency_penalty", pb.Sampling(top_p=1.0, frequency_penalty=float("-inf"), max_tokens=1)),
+        ("stop_token_ids", pb.Sampling(top_p=1.0, stop_token_ids=[VOCAB_SIZE], max_tokens=1)),
+        ("logit_bias", pb.Sampling(top_p=1.0, logit_bias=[pb.LogitBias(token_id=2**32 - 1, bias=1.0)], max_tokens=1)),
+        ("logprobs", pb.Sampling(top_p=1.0, num_logprobs=21, max_tokens=1)),
+    ],
+)
+def test_bad_sampling_at_the_listener_is_refused(field: str, message: pb.Sampling) -> None:
+    with served(ScriptedEngine()) as server, grpc.insecure_channel(server.address) as channel:
+        stub = router_pb2_grpc.RouterServiceStub(channel)
+        request = pb.SubmitRequest(request_id="r", prompt_ids=PROMPT, sampling=message, timeout_ms=60_000)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Submit(request, timeout=PATIENCE_S))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details().startswith(f"{field}: ")
+
+
 def test_images_reach_every_router_that_gets_the_request() -> None:
     images = [
         ImageInput(digest=bytes([i] * 32), num_tiles=17, pixels=bytes([i]) * (17 * 3 * 336 * 336)) for i in range(8)
@@ -228,7 +281,7 @@ def test_bad_input_keeps_its_type_and_parts_and_harms_nothing() -> None:
         with pytest.raises(InvalidInput) as invalid:
             await drain(submit(pool, temperature=-0.5))
         assert (invalid.value.field, invalid.value.value) == ("temperature", -0.5)
-        assert invalid.value.rule == "must be at least 0"
+        assert invalid.value.rule == "must be at least 0 and finite"
         with pytest.raises(ContextOverflow) as overflow:
             await drain(submit(pool, prompt_ids=[1] * 10_001))
         assert (overflow.value.num_prompt_tokens, overflow.value.max_model_len) == (10_001, 10_000)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from router.engine.images import ImageInput
-from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
+from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 
 BOS = 256
 EOS = 257
@@ -42,6 +42,8 @@ class Submission:
     sampling: SamplingParams
     deadline: float
     images: Sequence[ImageInput] = ()
+    priority: int = 0
+    cache_salt: str = ""
     num_sent: int = 0
     closed: bool = False
 
@@ -67,8 +69,10 @@ class ScriptedBackend:
         sampling: SamplingParams,
         deadline: float,
         images: Sequence[ImageInput] = (),
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> AsyncGenerator[Event, None]:
-        mine = Submission(request_id, prompt_ids, sampling, deadline, images)
+        mine = Submission(request_id, prompt_ids, sampling, deadline, images, priority, cache_salt)
         self.submissions.append(mine)
         try:
             for step in self.script(mine):
@@ -81,7 +85,10 @@ class ScriptedBackend:
                 else:
                     for token in _tokens(step):
                         mine.num_sent += 1
-                        yield TokenEvent(request_id=request_id, index=mine.num_sent - 1, token_id=token)
+                        logprobs = scores(token, sampling.num_logprobs)
+                        yield TokenEvent(
+                            request_id=request_id, index=mine.num_sent - 1, token_id=token, logprobs=logprobs
+                        )
         finally:
             mine.closed = True
 
@@ -90,6 +97,14 @@ class ScriptedBackend:
 
     def max_model_len(self) -> int:
         return self.length
+
+
+def scores(token: int, num_top: int | None) -> TokenLogprobs | None:
+    """Log probabilities as any number of routers would find them: the token first, its successors after it."""
+    if num_top is None:
+        return None
+    top = tuple(((token + i) % VOCAB_SIZE, -(token + 1) / 64 - i) for i in range(num_top))
+    return TokenLogprobs(logprob=-(token + 1) / 64, top=top)
 
 
 def _tokens(step: int | str | bytes) -> Sequence[int]:
@@ -119,10 +134,14 @@ class ByteTokenizer:
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return "".join(map(self.token_text, token_ids))
+        names = {BOS: b"<bos>", EOS: b"<eos>"}
+        return b"".join(names.get(token) or bytes([token]) for token in token_ids).decode("utf-8", "replace")
 
     def token_text(self, token_id: int) -> str:
         return {BOS: "<bos>", EOS: "<eos>"}.get(token_id) or chr(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
 
     def detokenizer(self) -> ByteDetokenizer:
         return ByteDetokenizer()

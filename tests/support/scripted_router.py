@@ -11,12 +11,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from experts.errors import ContextOverflow, InvalidInput, Overloaded, RouterLost
+from experts.errors import ContextOverflow, Overloaded, RouterLost
 from router.engine.images import ImageInput
-from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
+from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 from router.grpc_server import RouterServer
 
 CONTEXT = 10_000
+VOCAB_SIZE = 200_000
 PATIENCE_S = 60.0
 """How long a test waits for what must come; long, so that only a mistake makes it end."""
 
@@ -25,7 +26,16 @@ Key = tuple[str, int]
 
 
 def next_token(known_ids: list[int]) -> int:
-    return zlib.crc32(b"".join(token.to_bytes(4, "little") for token in known_ids)) % 50_000
+    return zlib.crc32(b"".join(token.to_bytes(4, "little") for token in known_ids)) % VOCAB_SIZE
+
+
+def scored(request_id: str, index: int, token: int, num_top: int | None = None) -> TokenEvent:
+    """The event of a token, with log probabilities that are a function of it if they are asked for."""
+    logprobs = None
+    if num_top is not None:
+        top = tuple(((token + i) % VOCAB_SIZE, -token / 7 - i) for i in range(num_top))
+        logprobs = TokenLogprobs(logprob=-token / 7, top=top)
+    return TokenEvent(request_id=request_id, index=index, token_id=token, logprobs=logprobs)
 
 
 def answer(prompt_ids: list[int], count: int) -> list[int]:
@@ -46,6 +56,8 @@ class Submission:
     deadline: float
     on_event: Callable[[Event], None] = field(repr=False)
     images: Sequence[ImageInput] = ()
+    priority: int = 0
+    cache_salt: str = ""
 
     @property
     def num_output(self) -> int:
@@ -76,9 +88,10 @@ class ScriptedEngine:
         deadline: float,
         on_event: Callable[[Event], None],
         images: Sequence[ImageInput] = (),
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> None:
-        if sampling.temperature < 0:
-            raise InvalidInput("temperature", sampling.temperature, "must be at least 0")
+        sampling.check(VOCAB_SIZE)
         if len(prompt_ids) > CONTEXT:
             raise ContextOverflow(len(prompt_ids), sampling.max_tokens, CONTEXT)
         with self._changed:
@@ -93,6 +106,8 @@ class ScriptedEngine:
                 deadline=deadline,
                 on_event=on_event,
                 images=images,
+                priority=priority,
+                cache_salt=cache_salt,
             )
             self.submitted[request_id, attempt] = self._live[request_id, attempt] = submission
             self._changed.notify_all()
@@ -138,7 +153,7 @@ class ScriptedEngine:
     def _turn(self, key: Key, submission: Submission) -> None:
         if submission.num_output < submission.sampling.max_tokens:
             token = next_token(submission.known_ids)
-            submission.on_event(TokenEvent(request_id=key[0], index=submission.num_output, token_id=token))
+            submission.on_event(scored(key[0], submission.num_output, token, submission.sampling.num_logprobs))
             submission.known_ids.append(token)
         if submission.num_output >= submission.sampling.max_tokens:
             del self._live[key]
