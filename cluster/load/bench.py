@@ -37,6 +37,10 @@ from experts.grpc_control import fetch_status
 
 FAILED, INTERRUPTED = 1, 130
 CLIENT = "this client"
+STATUS_TRIES = 3
+"""A busy machine's controller may take its time."""
+PREPARED_AT_ONCE = 64
+"""Between so many requests somebody may ask for the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +96,11 @@ async def _prepare(settings: LoadSettings, client: Client) -> tuple[ServerFacts,
     """All bodies are made before the load begins: making them takes time that would delay the measured ones."""
     facts = await look_at(client, settings)
     draw = partial(draw_png, settings.image_sides(), seed=settings.seed)
-    asked = asks(settings, facts.vocabulary, 0, settings.warmup + settings.requests, draw)
-    bodies = [json.dumps(body(settings, facts.model, ask)).encode() for ask in asked]
+    count, bodies = settings.warmup + settings.requests, list[bytes]()
+    for first in range(0, count, PREPARED_AT_ONCE):
+        asked = asks(settings, facts.vocabulary, first, min(PREPARED_AT_ONCE, count - first), draw)
+        bodies += [json.dumps(body(settings, facts.model, ask)).encode() for ask in asked]
+        await asyncio.sleep(0)
     await asyncio.gather(*(client.send(warm) for warm in bodies[: settings.warmup]))
     return facts, bodies[settings.warmup :]
 
@@ -103,10 +110,10 @@ def _local_parts(url: str, state_dirs: Sequence[Path]) -> tuple[Part, ...]:
     here = urlsplit(url)
     if here.hostname not in ("127.0.0.1", "localhost", "::1"):
         return ()
-    for file in read_run_files(tuple(state_dirs)):
-        if urlsplit(file.http).port == here.port:
-            with suppress(ControllerUnreachable):
-                return parts_of(fetch_status(file.control, TIMEOUT_S), here.port or 80)
+    found = [file for file in read_run_files(tuple(state_dirs)) if urlsplit(file.http).port == here.port]
+    for file in found * STATUS_TRIES:
+        with suppress(ControllerUnreachable):
+            return parts_of(fetch_status(file.control, TIMEOUT_S), here.port or 80)
     return ()
 
 
