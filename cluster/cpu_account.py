@@ -15,6 +15,8 @@ from experts.reports import ClusterStatus
 
 ENGINE_THREAD = "engine"
 """What the operating system calls a router's engine thread. Threads that it starts for torch inherit the name."""
+PROXY, INGRESS, AROUND_ENGINE = "HTTP proxy", "ingress", "router without engine"
+OUTSIDE_ENGINE = (PROXY, INGRESS, AROUND_ENGINE)
 _LISTENING = "0A"
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
@@ -51,9 +53,9 @@ def parts_of(status: ClusterStatus, port: int) -> tuple[Part, ...]:
     proxies = tuple(pid for pid in listeners(port) if pid not in ingresses)
     decoders = tuple(child for pid in ingresses for child in descendants(pid))
     parts = (
-        Part(name="HTTP proxy", pids=proxies),
-        Part(name="ingress", pids=(*ingresses, *decoders)),
-        Part(name="router without engine", pids=routers, threads=f"-{ENGINE_THREAD}"),
+        Part(name=PROXY, pids=proxies),
+        Part(name=INGRESS, pids=(*ingresses, *decoders)),
+        Part(name=AROUND_ENGINE, pids=routers, threads=f"-{ENGINE_THREAD}"),
         Part(name="router's engine", pids=routers, threads=ENGINE_THREAD),
         Part(name="expert hosts", pids=tuple(host.pid for host in status.hosts if host.pid not in routers)),
     )
@@ -70,6 +72,12 @@ def used_between(before: Mapping[str, float], after: Mapping[str, float]) -> tup
     return tuple(
         CpuUse(part=name, cpu_s=after[name] - before[name]) for name in before if after.get(name, -1.0) >= before[name]
     )
+
+
+def outside_engine(uses: Iterable[CpuUse]) -> float | None:
+    """Seconds of all that only carries requests and answers, None if any of it is unknown."""
+    known = {use.part: use.cpu_s for use in uses}
+    return sum(known[part] for part in OUTSIDE_ENGINE) if all(part in known for part in OUTSIDE_ENGINE) else None
 
 
 def listeners(port: int, proc: Path = PROC) -> list[int]:

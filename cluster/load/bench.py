@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cluster.cpu_account import CpuUse, Part, cpu_seconds, parts_of, used_between
+from cluster.cpu_account import CpuUse, Part, cpu_seconds, outside_engine, parts_of, used_between
 from cluster.load.client import Client
 from cluster.load.drive import Collected, drive, interruptible
 from cluster.load.pictures import draw_png
@@ -137,6 +137,7 @@ def _document(settings: LoadSettings, measured: Measured, report: LoadReport) ->
         "arguments": arguments,
         "results": asdict(report),
         "cpu_s": {use.part: round(use.cpu_s, 3) for use in measured.cpu},
+        "cpu_s_outside_engine": outside_engine(measured.cpu),
     }
 
 

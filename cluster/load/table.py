@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.cpu_account import CpuUse
+from cluster.cpu_account import CpuUse, outside_engine
 from cluster.load.report import Distribution, LoadReport
 from cluster.load.settings import LoadSettings
 
@@ -66,8 +66,14 @@ def _rates(report: LoadReport, cpu: Sequence[CpuUse]) -> list[str]:
     rows.append(("requests/s", f"{report.requests_per_s:.3f}"))
     if report.goodput_per_s is not None:
         rows.append(("goodput, requests/s", f"{report.goodput_per_s:.3f}"))
-    for use in cpu:
-        each = f", {use.cpu_s * 1e6 / report.output_tokens:.0f} µs per output token" if report.output_tokens else ""
-        rows.append((f"CPU of {use.part}", f"{use.cpu_s:.2f} s{each}"))
+    rows += [(f"CPU of {use.part}", _cpu(use.cpu_s, report)) for use in cpu]
+    outside = outside_engine(cpu)
+    if outside is not None:
+        rows.append(("CPU outside the engine", _cpu(outside, report)))
     width = max(26, *(len(name) + 2 for name, _ in rows))
     return [f"{name:<{width}}{value}" for name, value in rows]
+
+
+def _cpu(cpu_s: float, report: LoadReport) -> str:
+    each = f", {cpu_s * 1e6 / report.output_tokens:.0f} µs per output token" if report.output_tokens else ""
+    return f"{cpu_s:.2f} s{each}"

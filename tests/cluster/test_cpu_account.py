@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cpu_account import Part, cpu_seconds, listeners, name_threads, parts_of, used_between
+from cluster.cpu_account import (
+    OUTSIDE_ENGINE,
+    CpuUse,
+    Part,
+    cpu_seconds,
+    listeners,
+    name_threads,
+    outside_engine,
+    parts_of,
+    used_between,
+)
 from experts.placement import HostInfo, IngressInfo, RouterInfo
 from experts.reports import ClusterStatus, ControllerInfo
 
@@ -61,6 +71,12 @@ def test_processes_that_are_gone_count_for_nothing() -> None:
     assert cpu_seconds([gone]) == {"gone": 0.0}
     assert used_between({"gone": 3.0, "stays": 1.0}, {"gone": 0.0, "stays": 1.5})[0].part == "stays"
     assert len(used_between({"gone": 3.0}, {"gone": 0.0})) == 0
+
+
+def test_outside_the_engine_is_known_only_when_all_of_it_is() -> None:
+    uses = [CpuUse(part=part, cpu_s=cpu_s) for part, cpu_s in zip(OUTSIDE_ENGINE, (1.0, 2.0, 4.0), strict=True)]
+    assert outside_engine([*uses, CpuUse(part="expert hosts", cpu_s=50.0)]) == 7.0
+    assert outside_engine(uses[1:]) is None
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])

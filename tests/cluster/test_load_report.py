@@ -166,7 +166,8 @@ def test_the_table_holds_what_was_measured() -> None:
     outcomes = [answer(0.1, 0.2, output=11), Failed(kind="connect", message="refused")]
     collected = Collected(outcomes=[*outcomes], duration_s=2.0, unfinished=1)
     settings = LoadSettings(url="http://x", concurrency=3)
-    shown = as_text(settings, summarize(collected, {"ttft": 5.0}), [CpuUse(part="ingress", cpu_s=0.011)])
+    cpu = [CpuUse(part=part, cpu_s=0.011) for part in ("HTTP proxy", "ingress", "router without engine", "other")]
+    shown = as_text(settings, summarize(collected, {"ttft": 5.0}), cpu)
     for words in (
         "3 at a time",
         "1 requests completed, 1 failed in 2.00 s",
@@ -174,6 +175,7 @@ def test_the_table_holds_what_was_measured() -> None:
         "1 × connect: refused",
         "10.0 prompt tokens, 11.0 output tokens (counted by usage)",
         "1000 µs per output token",
+        "0.03 s, 3000 µs per output token",
         "goodput, requests/s",
     ):
         assert words in shown, words

@@ -134,6 +134,7 @@ def test_a_load_is_answered_and_measured(cluster: Cluster, workload: str) -> Non
     parts = {"HTTP proxy", "ingress", "router without engine", "router's engine", "expert hosts", "this client"}
     assert set(document["cpu_s"]) == parts
     assert document["cpu_s"]["router's engine"] > 0
+    assert document["cpu_s_outside_engine"] > 0
 
 
 @pytest.mark.parametrize("what", ["hosts", "routers", "controller"])
