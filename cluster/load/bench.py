@@ -58,16 +58,19 @@ def bench_serve(settings: LoadSettings, out: str | None, state_dirs: Sequence[Pa
 
     `state_dirs` is where a cluster on this machine has its run file. Raises InvalidInput and HerdError.
     """
+    if out not in (None, "-"):
+        # Now, not after a long run.
+        _write("", out, mode="a")
     progress = Progress(sys.stderr)
     try:
         measured = asyncio.run(_measure(settings, progress, _local_parts(settings.url, state_dirs)))
     finally:
         progress.end()
     report = summarize(measured.collected, settings.goodput)
-    if out is not None:
-        _write(json.dumps(_document(settings, measured, report), indent=1), out)
-    if out != "-":
-        print(as_text(settings, report, measured.cpu))
+    document = json.dumps(_document(settings, measured, report), indent=1)
+    print(document if out == "-" else as_text(settings, report, measured.cpu))
+    if out not in (None, "-"):
+        _write(document + "\n", out)
     if measured.collected.was_interrupted:
         return INTERRUPTED
     return 0 if report.completed else FAILED
@@ -152,11 +155,9 @@ def _commit() -> str:
     return ""
 
 
-def _write(document: str, out: str) -> None:
-    if out == "-":
-        print(document)
-        return
+def _write(document: str, file: str, mode: str = "w") -> None:
     try:
-        Path(out).write_text(document + "\n", encoding="utf-8")
+        with open(file, mode, encoding="utf-8") as opened:
+            opened.write(document)
     except OSError as error:
-        raise InvalidInput("json", out, f"must be a file that can be written: {error.strerror}") from None
+        raise InvalidInput("json", file, f"must be a file that can be written: {error.strerror}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_openai import BREAK, HANG, Answer, Script, chunk, scripted, streamed
+from scripted_openai import BREAK, HANG, Answer, Script, Step, chunk, scripted, streamed
 
 from cluster.cli import main
 from cluster.run_file import RunFile, run_file_path, write_run_file
@@ -60,6 +60,19 @@ def test_a_closed_loop_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(prompts) == 12
     assert all(len(prompt) == 20 and min(prompt) >= 500 for prompt in prompts)
     assert all(asked["max_tokens"] == asked["min_tokens"] == 5 for asked in server.asked)
+
+
+@pytest.mark.parametrize("loop", [["--concurrency", "4"], ["--request-rate", "inf"]])
+def test_requests_are_under_way_together(capsys: pytest.CaptureFixture[str], loop: list[str]) -> None:
+    """No answer begins, or ends, before four were asked for."""
+
+    def script(number: int, _asked: dict[str, Any]) -> Answer:
+        pieces = streamed("a", "b", output_tokens=2)
+        return 200, [4, *pieces] if number % 2 else [*pieces[:1], 4, *pieces[1:]]
+
+    with scripted(script) as server:
+        code, document = bench(capsys, server.url, "--requests", "4", "--warmup", "0", *loop)
+    assert (code, document["results"]["completed"], len(server.asked)) == (0, 4, 4)
 
 
 def test_an_open_loop_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +141,7 @@ def test_failures_are_counted_by_kind_beside_what_succeeds(
 
 
 @pytest.mark.parametrize("steps", [[HANG], [*streamed("a", done=False), HANG]])
-def test_a_server_that_falls_silent_is_a_timeout(capsys: pytest.CaptureFixture[str], steps: list[bytes | str]) -> None:
+def test_a_server_that_falls_silent_is_a_timeout(capsys: pytest.CaptureFixture[str], steps: list[Step]) -> None:
     with scripted(lambda _number, _asked: (200, steps)) as server:
         code, document = bench(
             capsys, server.url, "--requests", "2", "--warmup", "0", "--timeout-s", "0.3", "--model", "m",

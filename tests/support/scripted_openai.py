@@ -10,9 +10,13 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 HANG, BREAK = "hang", "break"
-"""Steps of an answer that are no bytes: say nothing more until the server ends; close without an end."""
+"""Steps of an answer that are no bytes: say nothing more until the server ends; close without an end.
 
-Answer = tuple[int, Sequence[bytes | str]]
+A number is one, too: wait until so many generations were asked for.
+"""
+
+Step = bytes | str | int
+Answer = tuple[int, Sequence[Step]]
 """Status, and what is sent step by step."""
 Script = Callable[[int, dict[str, Any]], Answer]
 """The answer to the n-th generation, and what it asked."""
@@ -22,9 +26,9 @@ def chunk(**fields: object) -> bytes:
     return b"data: " + json.dumps(fields).encode() + b"\n\n"
 
 
-def streamed(*pieces: str, output_tokens: int | None = None, done: bool = True) -> list[bytes | str]:
+def streamed(*pieces: str, output_tokens: int | None = None, done: bool = True) -> list[Step]:
     """A stream of `pieces`, each a chunk of a completion."""
-    steps: list[bytes | str] = [chunk(choices=[{"index": 0, "text": piece}]) for piece in pieces]
+    steps: list[Step] = [chunk(choices=[{"index": 0, "text": piece}]) for piece in pieces]
     if output_tokens is not None:
         steps.append(chunk(choices=[], usage={"prompt_tokens": 9, "completion_tokens": output_tokens}))
     return [*steps, b"data: [DONE]\n\n"] if done else steps
@@ -74,6 +78,10 @@ class ScriptedServer:
         status, steps = self._answer(path, headers, json.loads(body or b"null"))
         writer.write(b"HTTP/1.1 %d Said\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n" % status)
         for step in steps:
+            if isinstance(step, int):
+                while len(self.asked) < step:
+                    await asyncio.sleep(0.001)
+                continue
             if step == HANG:
                 await self._stop.wait()
             if isinstance(step, str):
