@@ -55,7 +55,7 @@ def _parser(version: str) -> argparse.ArgumentParser:
     _add_status(commands.add_parser("status", help="show the processes of a running cluster"))
     _add_make_tiny(commands.add_parser("make-tiny", help="write a tiny checkpoint with random weights"))
     _add_demo(commands.add_parser("demo", help="serve a tiny checkpoint, ask it, kill a host, ask again"))
-    _add_bench(commands.add_parser("bench", help="measure the engine and the links, without Ray and HTTP"))
+    _add_bench(commands.add_parser("bench", help="measure a server, the engine alone, or the links"))
     return parser
 
 
@@ -133,10 +133,52 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--max-batch-tokens", metavar="T", help="tokens that one step computes at most (1024)")
     add("--deterministic", action="store_true", help="measure what `herd serve --deterministic` runs")
     add("--json", metavar="FILE", help="write the results there as JSON, too; -: only that, to standard output")
+    _add_bench_serve(kinds.add_parser("serve", help="load on any OpenAI-compatible server, seen by its clients"))
     dispatch = kinds.add_parser("dispatch", help="round trip of a block of rows, beside a bare gRPC echo")
     dispatch.set_defaults(run=_bench_dispatch)
     dispatch.add_argument("--hidden", metavar="H", default=1024, type=int, help="width of a row (1024)")
     dispatch.add_argument("--json", metavar="FILE", help="as above")
+
+
+def _add_bench_serve(parser: argparse.ArgumentParser) -> None:
+    # What is not given is left out, so that the defaults are those of LoadSettings alone.
+    parser.argument_default = argparse.SUPPRESS
+    parser.set_defaults(run=_bench_serve)
+    add = parser.add_argument_group("server").add_argument
+    add("--url", required=True, help="such as http://127.0.0.1:8000")
+    add("--model", metavar="NAME", help="what the server calls the model (the first of its /v1/models)")
+    add("--api-key", metavar="KEY", help="sent as a bearer token")
+    add("--plain", action="store_true", help="leave out ignore_eos and min_tokens, for servers that refuse them")
+    add("--timeout-s", metavar="S", type=float, help="seconds that a request may take (600)")
+    add = parser.add_argument_group("how much").add_argument
+    add("--requests", metavar="N", type=int, help="requests in all (64)")
+    add("--warmup", metavar="N", type=int, help="requests before those, not measured (1)")
+    add("--concurrency", metavar="N", type=int, help="requests under way at a time: a closed loop (8)")
+    add("--request-rate", metavar="R", type=float, help="instead: requests/s, come what may; inf: all at once")
+    add(
+        "--burstiness",
+        metavar="B",
+        type=float,
+        help="shape of their gaps: 1 is Poisson, less is burstier (1)",
+    )
+    add("--max-in-flight", metavar="N", type=int, help="of an open loop; what comes beyond is counted, not sent (1024)")
+    add = parser.add_argument_group("what is asked").add_argument
+    add("--workload", metavar="KIND", help="text, shared-prefix, mixed, images or skewed (text)")
+    add("--prompt", metavar="T", type=int, help="tokens of each prompt, after a shared prefix (128)")
+    add("--output", metavar="T", type=int, help="tokens of each answer (64)")
+    add("--prefix", metavar="T", type=int, help="shared-prefix: tokens of each shared prefix (1024)")
+    add("--groups", metavar="K", type=int, help="shared-prefix: number of shared prefixes (4)")
+    add("--image-size", metavar="WxH", help="images: pixels of each picture (336x336)")
+    add("--experts", metavar="E", type=int, help="skewed: experts per layer of the steerable checkpoint (8)")
+    add("--zipf", metavar="S", type=float, help="skewed: the expert of rank r gets a share of r to the power -S (1.5)")
+    add("--vocab-size", metavar="V", type=int, help="draw token ids below this (from what /tokenize says)")
+    add("--seed", metavar="S", type=int, help="of prompts and arrivals (0)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--chat", action="store_true", help="ask in chats (default for images)")
+    kind.add_argument("--completions", action="store_true", help="complete prompts of token ids (default)")
+    add = parser.add_argument_group("result").add_argument
+    add("--goodput", metavar="BOUNDS", help="count answers within ttft:MS,tpot:MS,e2el:MS, any of them")
+    add("--json", metavar="FILE", default=None, help="write results and setup there; -: only that, to standard output")
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -215,6 +257,15 @@ def _bench_engine(options: argparse.Namespace) -> int:
     batches, prompts = parse_counts("batch", options.batch), parse_counts("prompt", options.prompt)
     print_results(bench_engine(settings, batches, prompts, options.output), options.json)
     return 0
+
+
+def _bench_serve(options: argparse.Namespace) -> int:
+    from cluster.load.bench import bench_serve
+    from cluster.load.settings import load_settings
+    from cluster.run_file import state_dirs
+
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "json")}
+    return bench_serve(load_settings(given), options.json, state_dirs(os.environ))
 
 
 def _bench_dispatch(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from cluster.config import ServeSettings
+from cluster.image_rules import image_rules
 from cluster.metrics import IngressNumbers, MetricsPage, ingress_families
 from experts.config import load_config
 from experts.errors import RouterLost
@@ -98,7 +99,7 @@ class ClusterBackend:
     def __init__(self, settings: ServeSettings) -> None:
         self.config = load_config(settings.model_dir)
         hosted = settings.transport == "grpc"
-        self.pool = RouterPool()
+        self.pool = RouterPool(image_rules=image_rules(self.config))
         self._num_experts = len(self.config.moe_layers) * self.config.num_experts if hosted else 0
         self._view = ClusterView()
 

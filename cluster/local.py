@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from cluster.config import ServeSettings
+from cluster.image_rules import image_rules
 from experts.arithmetic import Arithmetic
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig, load_config
@@ -22,7 +23,6 @@ from experts.wire.codec import LinkTerms
 from router.checkpoint import load_trunk, load_vision
 from router.engine.engine import Engine, Runner
 from router.engine.image_features import MAX_TILES_AT_ONCE, ImageFeatures
-from router.engine.images import ImageRules
 from router.engine.kv_cache import KVCache, KVLayout, plan_layout
 from router.engine.runner import ModelRunner, bytes_per_block
 from router.engine.scheduler import Scheduler, SchedulerConfig
@@ -121,7 +121,7 @@ def build_engine(
         runner=wrap(runner),
         vocab_size=model.config.vocab_size,
         available=available,
-        image_rules=_image_rules(model.config),
+        image_rules=image_rules(model.config),
     )
 
 
@@ -132,16 +132,6 @@ def _image_features(model: Model, settings: ServeSettings) -> ImageFeatures | No
     # Alone, a tile is the same bits whatever else a step needs.
     at_once = 1 if settings.deterministic else MAX_TILES_AT_ONCE
     return ImageFeatures(vision, model.config.vision, tiles_at_once=at_once)
-
-
-def _image_rules(config: ModelConfig) -> ImageRules | None:
-    if config.vision is None:
-        return None
-    return ImageRules(
-        token_id=config.image_token_id,
-        tokens_per_tile=config.vision.tokens_per_tile,
-        tile_size=config.vision.tile_size,
-    )
 
 
 def plan_kv(model: Model, settings: ServeSettings) -> KVLayout:

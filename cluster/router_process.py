@@ -6,12 +6,14 @@ Knows nothing of Ray; whoever starts it watches `alive`.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 
 import torch
 
 from cluster.config import ServeSettings
+from cluster.cpu_account import ENGINE_THREAD, name_threads
 from cluster.local import build_engine, load_local_experts, open_model
 from cluster.metrics import HostNumbers, MetricsPage, RouterNumbers, router_families
 from cluster.topology import Role, needs
@@ -53,6 +55,8 @@ class RouterProcess:
     def start(self) -> None:
         """Begin to serve and to tell the controller so."""
         self.engine.start()
+        # Before the first step: torch's threads take the name of the thread that starts them.
+        name_threads(thread for thread in threading.enumerate() if thread.name == ENGINE_THREAD)
         self.server.start()
         self.link.start()
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from experts.errors import InvalidInput
 from experts.placement import RouterInfo
-from router.engine.images import ImageInput
+from router.affinity import affinity_key
+from router.engine.images import ImageInput, ImageRules
 from router.engine.request import Event, SamplingParams
 from router.grpc_link import Call, Link
 from router.resume import (
@@ -41,7 +42,8 @@ class RouterPool:
 
     A router is out of favour from the moment a call on it breaks, or says nothing for `silence_s` (routers send a
     heartbeat every second), until it answers a ping; pings go out every `probe_interval_s`. A router's own verdict at
-    the deadline (which expert was missing, say) is waited for `expiry_grace_s`.
+    the deadline (which expert was missing, say) is waited for `expiry_grace_s`. `image_rules` tell which images a
+    prompt begins with, so that requests that begin alike go to the same router.
 
     The pool belongs to the event loop that first calls `submit`; `connect` and `running` may be called from any
     thread, and before that.
@@ -51,12 +53,14 @@ class RouterPool:
         self,
         *,
         policy: ResumePolicy | None = None,
+        image_rules: ImageRules | None = None,
         silence_s: float = 5.0,
         probe_interval_s: float = 0.5,
         expiry_grace_s: float = 1.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         self._policy = policy or ResumePolicy()
+        self._image_rules = image_rules
         self._silence_s = silence_s
         self._probe_interval_s = probe_interval_s
         self._expiry_grace_s = expiry_grace_s
@@ -99,14 +103,20 @@ class RouterPool:
         """Tokens 0, 1, 2, ... of the request and one FinishEvent, whatever happens to routers meanwhile.
 
         `images` belong to the patch tokens of the prompt; every router that gets the request gets them. A lower
-        `priority` goes first; cached prefixes are shared between requests of the same `cache_salt`. `deadline` is a
-        `time.monotonic()` instant. Raises Overloaded (every router is full), InvalidInput or ContextOverflow, all
-        of them before the first event only. Closing the iterator (`aclose`, or cancelling the
-        task that reads it) ends the decoding at once. FinishEvents made here have the code "router_unavailable",
-        "deadline_exceeded" or "invalid_input".
+        `priority` goes first; cached prefixes are shared between requests of the same `cache_salt`, and prompts that
+        begin alike under one prefer one router. `deadline` is a `time.monotonic()` instant. Raises Overloaded (every
+        router is full), InvalidInput or ContextOverflow, all of them before the first event only. Closing the iterator
+        (`aclose`, or cancelling the task that reads it) ends the decoding at once. FinishEvents made here have the code
+        "router_unavailable", "deadline_exceeded" or "invalid_input".
         """
         self._attach()
-        state = Resumption(request_id=request_id, sampling=sampling, deadline=deadline, policy=self._policy)
+        state = Resumption(
+            request_id=request_id,
+            sampling=sampling,
+            deadline=deadline,
+            affinity=affinity_key(prompt_ids, images, self._image_rules, cache_salt),
+            policy=self._policy,
+        )
         asked = _Asked(prompt_ids=prompt_ids, images=images, priority=priority, cache_salt=cache_salt)
         attempts = _Attempts(self, state, asked)
         event: ResumeEvent = Begun()

@@ -6,10 +6,11 @@ the clock and the client's connection. Times are `time.monotonic()` instants.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from experts.errors import InvalidInput, Overloaded
+from router.affinity import rendezvous
 from router.engine.request import FinishEvent, FinishReason, SamplingParams, TokenEvent
 
 ROUTER_UNAVAILABLE = "router_unavailable"
@@ -20,11 +21,15 @@ DEADLINE_EXCEEDED = "deadline_exceeded"
 class ResumePolicy:
     """`max_attempts` bounds how often a request is handed to a router that then fails it.
 
-    An accepted request whose next router is full asks that router again after `full_pause_s`.
+    An accepted request whose next router is full asks that router again after `full_pause_s`. A request goes to the
+    router that its prompt prefers while that one has at most `affinity_gap` requests more than the least busy one, or
+    `affinity_share` of that one's requests more, whichever is more.
     """
 
     max_attempts: int = 8
     full_pause_s: float = 0.5
+    affinity_gap: int = 4
+    affinity_share: float = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +136,14 @@ class Resumption:
     """State of one request over all its attempts.
 
     `emitted` are the output tokens that the client has, `router` the one that has the request now. `accepted` is set
-    once any router took the request: from then on it is ours to finish, and full routers are waited for.
+    once any router took the request: from then on it is ours to finish, and full routers are waited for. `affinity` is
+    the key of the prompt's beginning, empty where it shall not matter.
     """
 
     request_id: str
     sampling: SamplingParams
     deadline: float
+    affinity: bytes = b""
     policy: ResumePolicy = field(default_factory=ResumePolicy)
     emitted: list[int] = field(default_factory=list)
     next_attempt: int = 0
@@ -219,7 +226,7 @@ def _next_router(state: Resumption, routers: Iterable[Candidate], now: float) ->
         return _error(state, ROUTER_UNAVAILABLE, f"no router took the request in time: {state.problem}")
     free = [router for router in routers if not _is_full(state, router.name, now)]
     if free:
-        return _open(state, min(free, key=lambda router: _preference(state, router)))
+        return _open(state, _choose(state, free))
     if state.full and not state.accepted:
         return Fail(error=min((error for error, _ in state.full.values()), key=lambda e: e.retry_after_s))
     again = [until for _, until in state.full.values() if until > now]
@@ -231,6 +238,16 @@ def _is_full(state: Resumption, name: str, now: float) -> bool:
     if name not in state.full:
         return False
     return not state.accepted or now < state.full[name][1]
+
+
+def _choose(state: Resumption, free: Sequence[Candidate]) -> Candidate:
+    least = min(free, key=lambda router: _preference(state, router))
+    # Once a router failed or was full, where the request can run matters more than where it would run best.
+    if not state.affinity or state.failed_on or state.full:
+        return least
+    preferred = rendezvous(state.affinity, [router.name for router in free])
+    gap = max(state.policy.affinity_gap, state.policy.affinity_share * least.in_flight)
+    return next((r for r in free if r.name == preferred and r.in_flight - least.in_flight <= gap), least)
 
 
 def _preference(state: Resumption, router: Candidate) -> tuple[bool, int, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +16,7 @@ import httpx
 import openai
 import pytest
 import torch
-from serving import Cluster, Judge, serving, until
+from serving import Cluster, Judge, serving, state_env, until
 
 from cluster.tiny import make_tiny
 
@@ -111,6 +114,27 @@ def test_32_streams_of_mixed_lengths_each_equal_their_solo_run(cluster: Cluster,
     for prompt, output, answer in zip(questions, outputs, cluster.complete_all(questions, outputs), strict=True):
         judge.check(prompt, output, answer)
     assert judge.accepted <= 1
+
+
+@pytest.mark.parametrize("workload", ["text", "shared-prefix", "mixed", "images", "skewed"])
+def test_a_load_is_answered_and_measured(cluster: Cluster, workload: str) -> None:
+    flags = ["--workload", workload, "--requests", "6", "--concurrency", "3", "--output", "16", "--prefix", "70"]
+    command = [sys.executable, "-m", "cluster", "bench", "serve", "--url", cluster.url, "--json", "-", *flags]
+    done = subprocess.run(
+        command, capture_output=True, timeout=300, check=False, env={**os.environ, **state_env(cluster.state_dir)}
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    results = document["results"]
+    assert (results["completed"], results["failed"], results["tokens_counted_by"]) == (6, 0, "usage")
+    if workload != "mixed":
+        assert results["output_tokens"] == 6 * 16
+    if workload in ("text", "skewed", "shared-prefix"):
+        assert results["prompt_tokens"] == 6 * (128 + (70 if workload == "shared-prefix" else 0))
+    parts = {"HTTP proxy", "ingress", "router without engine", "router's engine", "expert hosts", "this client"}
+    assert set(document["cpu_s"]) == parts
+    assert document["cpu_s"]["router's engine"] > 0
+    assert document["cpu_s_outside_engine"] > 0
 
 
 @pytest.mark.parametrize("what", ["hosts", "routers", "controller"])

@@ -207,6 +207,36 @@ def test_images_reach_every_router_that_gets_the_request() -> None:
         run(scenario)
 
 
+def test_prompts_that_begin_alike_go_to_one_router_and_others_are_spread() -> None:
+    engines = {name: ScriptedEngine() for name in ("a", "b", "c")}
+
+    async def routers_of(pool: RouterPool, begin: int, salt: str = "") -> set[str]:
+        """Where four requests with one beginning went."""
+        before = {name: set(engine.submitted) for name, engine in engines.items()}
+        for end in range(4):
+            stream = pool.submit(
+                request_id=f"{begin}-{salt}-{end}",
+                prompt_ids=[begin] * 64 + [end],
+                sampling=SamplingParams(max_tokens=2, temperature=0.0),
+                deadline=time.monotonic() + PATIENCE_S,
+                cache_salt=salt,
+            )
+            await drain(stream)
+        return {name for name, engine in engines.items() if set(engine.submitted) - before[name]}
+
+    async def scenario(pool: RouterPool) -> None:
+        pool.connect(view(**{name: server.address for name, server in servers.items()}))
+        homes = [await routers_of(pool, begin) for begin in range(10)]
+        assert all(len(home) == 1 for home in homes), homes
+        assert len(set.union(*homes)) > 1
+        salted = [await routers_of(pool, 0, salt) for salt in "uvwxyz"]
+        assert len(set.union(*salted)) > 1
+
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(served(engine)) for name, engine in engines.items()}
+        run(scenario)
+
+
 def test_closing_the_stream_stops_the_engine() -> None:
     engine = ScriptedEngine(hold_at=HELD)
 

@@ -1,0 +1,1 @@
+"""Load on an OpenAI-compatible server, measured from the client's side; knows nothing of engines and of Ray."""
