@@ -249,8 +249,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _bench_engine(options: argparse.Namespace) -> int:
-    from cluster.bench import bench_engine, print_results
     from cluster.config import parse_counts, parse_settings
+    from cluster.measure.engine import bench_engine
+    from cluster.measure.report import print_results
 
     ours = ("run", "batch", "prompt", "output", "json")
     settings = parse_settings({name: value for name, value in vars(options).items() if name not in ours})
@@ -269,7 +270,8 @@ def _bench_serve(options: argparse.Namespace) -> int:
 
 
 def _bench_dispatch(options: argparse.Namespace) -> int:
-    from cluster.bench import bench_dispatch, print_results
+    from cluster.measure.dispatch import bench_dispatch
+    from cluster.measure.report import print_results
 
     print_results(bench_dispatch(options.hidden), options.json)
     return 0

@@ -18,7 +18,7 @@ from router.routed import Combined, Routing
 
 
 class StopWatch:
-    """Seconds by the name of a part, since the last `reset`."""
+    """Seconds by the name of a part, since they were last taken away."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -30,12 +30,19 @@ class StopWatch:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One step: what it computed, and seconds by part."""
+
+    shape: StepShape
+    seconds: dict[str, float]
+
+
 @dataclass
 class Record:
-    """What was seen: the shape of every step and how long it ran, in order."""
+    """All steps in order, and the rows by expert of the step that runs."""
 
-    steps: list[StepShape] = field(default_factory=list)
-    step_s: list[float] = field(default_factory=list)
+    steps: list[Seen] = field(default_factory=list)
     expert_rows: dict[int, list[int]] = field(default_factory=dict)
 
 
@@ -69,16 +76,16 @@ class WatchedPending:
 class WatchedRunner:
     """Runs steps on `inner` and notes them."""
 
-    def __init__(self, inner: Runner, record: Record) -> None:
+    def __init__(self, inner: Runner, watch: StopWatch, record: Record) -> None:
         self._inner = inner
+        self._watch = watch
         self._record = record
 
     def run(self, step: Step) -> StepOutcome:
         spans = tuple((piece.start, piece.count) for piece in step.pieces)
         num_samples = sum(piece.samples for piece in step.pieces)
-        started = time.perf_counter()
+        self._watch.seconds, self._record.expert_rows = {}, {}
         outcome = self._inner.run(step)
-        self._record.step_s.append(time.perf_counter() - started)
-        rows, self._record.expert_rows = self._record.expert_rows, {}
-        self._record.steps.append(StepShape(spans=spans, num_samples=num_samples, expert_rows=rows))
+        shape = StepShape(spans=spans, num_samples=num_samples, expert_rows=self._record.expert_rows)
+        self._record.steps.append(Seen(shape=shape, seconds=self._watch.seconds))
         return outcome

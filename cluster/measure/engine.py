@@ -1,0 +1,220 @@
+"""Measures the engine without Ray or HTTP: speed of prefill and decode of one router, its experts here or on hosts, the
+share of what the machine could do, and where the time goes.
+
+Prompts are random and all different, answers greedy, end tokens ignored. Prefill is timed on requests that want one
+token, decode on the same prompts from the moment that all of them have one.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from cluster.config import ServeSettings
+from cluster.local import Model, build_engine, load_local_experts, open_model
+from cluster.measure.floor import StepShape, floor_s, step_bytes
+from cluster.measure.hosts import TIMEOUT_S, HostProcesses, await_links, host_processes
+from cluster.measure.machine import Machine, measure_machine
+from cluster.measure.watch import Record, Seen, StopWatch, WatchedExperts, WatchedRunner
+from cluster.topology import Role, needs
+from experts.transport.grpc_client import GrpcTransport
+from router.dispatch import RemoteExperts
+from router.engine.engine import Engine
+from router.engine.request import Event, FinishEvent, SamplingParams, TokenEvent
+
+SEED = 20240
+WARM_UP_TOKENS = 4
+WATCHED = ("attention", "shared", "experts", "sampling")
+SPLIT = ("attention", "shared", "experts", "dispatch", "sampling", "other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineResult:
+    """One row of the engine's bench. `step_ms` is the mean decode step. `floor_ratio` is the least time that the same
+    decode steps take on a machine that reads and multiplies as fast as this one did a moment before, over the time they
+    took; `prefill_floor_ratio` the same of prefill. `split` has the milliseconds of a decode step by part; "dispatch"
+    is what rows cost beyond the computation of the slowest host."""
+
+    transport: str
+    hosts: int
+    batch: int
+    prompt: int
+    output: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    step_ms: float
+    floor_ratio: float
+    prefill_floor_ratio: float
+    read_gb_per_s: float
+    matmul_tflops: float
+    split: dict[str, float]
+
+
+@dataclass
+class Bench:
+    """An engine that is looked at while it runs."""
+
+    engine: Engine
+    model: Model
+    settings: ServeSettings
+    watch: StopWatch
+    record: Record
+    hosts: HostProcesses | None
+
+    def measure(self, batch: int, prompt: int, output: int, seed: int) -> EngineResult:
+        """Speed of `batch` requests of `prompt` tokens that want `output` each."""
+        prompts = self._prompts(batch, prompt, seed)
+        self.record.steps.clear()
+        prefill_s, _, _ = self._run(prompts, 1)
+        prefill = [seen.shape for seen in self.record.steps]
+        self.record.steps.clear()
+        computed_before = self._host_compute_s()
+        _, decode_s, num_decoded = self._run(prompts, output)
+        computed_s = max((s - computed_before[name] for name, s in self._host_compute_s().items()), default=0.0)
+        decode = [seen for seen in self.record.steps if len(seen.shape.spans) == batch == seen.shape.num_tokens]
+        machine = self._machine([seen.shape for seen in decode])
+        step_s = decode_s * batch / num_decoded
+        return EngineResult(
+            transport=self.settings.transport,
+            hosts=self.settings.hosts if self.hosts else 0,
+            batch=batch,
+            prompt=prompt,
+            output=output,
+            prefill_tokens_per_s=round(batch * prompt / prefill_s, 1),
+            decode_tokens_per_s=round(num_decoded / decode_s, 1),
+            step_ms=round(step_s * 1e3, 2),
+            floor_ratio=round(self._floor_s([seen.shape for seen in decode], machine) / len(decode) / step_s, 3),
+            prefill_floor_ratio=round(self._floor_s(prefill, machine) / prefill_s, 3),
+            read_gb_per_s=round(machine.read_bytes_per_s / 1e9, 1),
+            matmul_tflops=round(machine.flops_per_s / 1e12, 2),
+            split=self._split(step_s, decode, computed_s / len(self.record.steps)),
+        )
+
+    def warm_up(self, batch: int, prompt: int, seed: int) -> None:
+        """Once through everything, so that memory is touched and kernels are chosen."""
+        self._run(self._prompts(batch, prompt, seed), WARM_UP_TOKENS)
+
+    def _machine(self, decode: Sequence[StepShape]) -> Machine:
+        """This machine as all processes together use it, on as many bytes as a decode step reads."""
+        threads = needs(self.settings, Role.ROUTER).threads + (len(self.hosts.pipes) if self.hosts else 0)
+        itemsize = self.model.dtype.itemsize
+        size = sum(step_bytes(self.model.config, itemsize, shape) for shape in decode) / len(decode)
+        return measure_machine(num_bytes=int(size), dtype=self.model.dtype, threads=min(threads, os.cpu_count() or 1))
+
+    def _floor_s(self, shapes: Sequence[StepShape], machine: Machine) -> float:
+        return sum(floor_s(self.model.config, self.model.dtype.itemsize, shape, machine) for shape in shapes)
+
+    def _split(self, step_s: float, decode: Sequence[Seen], host_compute_s: float) -> dict[str, float]:
+        """Milliseconds per decode step."""
+        seen = {part: sum(one.seconds.get(part, 0.0) for one in decode) / len(decode) for part in WATCHED}
+        rows_s = seen.pop("experts")
+        seen["experts"] = min(host_compute_s, rows_s) if self.hosts else rows_s
+        seen["dispatch"] = rows_s - seen["experts"]
+        seen["other"] = step_s - sum(seen.values())
+        return {part: round(seen[part] * 1e3, 2) for part in SPLIT}
+
+    def _prompts(self, batch: int, prompt: int, seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        prompts: list[list[int]] = torch.randint(
+            0, self.model.config.vocab_size, (batch, prompt), generator=generator
+        ).tolist()
+        return prompts
+
+    def _host_compute_s(self) -> dict[str, float]:
+        return self.hosts.compute_s() if self.hosts else {}
+
+    def _run(self, prompts: Sequence[list[int]], output: int) -> tuple[float, float, int]:
+        """Seconds until everyone had a first token, seconds from there to the end, and tokens decoded in those."""
+        arrived: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
+        sampling = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+        started = time.perf_counter()
+        for number, ids in enumerate(prompts):
+            self.engine.submit(
+                f"{started}-{number}",
+                0,
+                ids,
+                [],
+                sampling,
+                time.monotonic() + TIMEOUT_S,
+                lambda event: arrived.put((time.perf_counter(), event)),
+            )
+        first: dict[str, float] = {}
+        times, finished = [], 0
+        while finished < len(prompts):
+            at, event = arrived.get(timeout=TIMEOUT_S)
+            if isinstance(event, TokenEvent):
+                first.setdefault(event.request_id, at)
+                times.append(at)
+            elif isinstance(event, FinishEvent):
+                finished += 1
+        begin = max(first.values())
+        return begin - started, max(times) - begin, sum(at > begin for at in times)
+
+
+def bench_engine(
+    settings: ServeSettings,
+    batches: Sequence[int],
+    prompts: Sequence[int],
+    output: int,
+    on_result: Callable[[EngineResult], None] = lambda _result: None,
+) -> list[EngineResult]:
+    """Measure every combination of batch and prompt length on one engine, after one small warm-up each."""
+    model = open_model(settings.model_dir, settings.dtype)
+    torch.set_num_threads(needs(settings, Role.ROUTER).threads)
+    results = []
+    with bench_of(model, settings) as bench:
+        for number, (prompt, batch) in enumerate((prompt, batch) for prompt in prompts for batch in batches):
+            bench.warm_up(batch, prompt, SEED + 2 * number)
+            results.append(bench.measure(batch, prompt, output, SEED + 2 * number + 1))
+            on_result(results[-1])
+    return results
+
+
+@contextmanager
+def bench_of(model: Model, settings: ServeSettings) -> Iterator[Bench]:
+    """A running engine; its host processes end with it."""
+    watch, record = StopWatch(), Record()
+    if settings.transport == "local":
+        experts = WatchedExperts(load_local_experts(model, settings), watch, record)
+        engine = build_engine(
+            model,
+            settings,
+            experts,
+            lambda _: True,
+            meter=watch,
+            wrap=lambda runner: WatchedRunner(runner, watch, record),
+        )
+        with _running(engine):
+            yield Bench(engine, model, settings, watch, record, None)
+        return
+    with host_processes(model, settings) as hosts:
+        transport = GrpcTransport(router_name="bench", terms=model.terms())
+        remote = RemoteExperts(transport)
+        remote.connect(hosts.view)
+        await_links(transport, len(hosts.view.hosts))
+        engine = build_engine(
+            model,
+            settings,
+            WatchedExperts(remote, watch, record),
+            remote.available,
+            meter=watch,
+            wrap=lambda runner: WatchedRunner(runner, watch, record),
+        )
+        with _running(engine):
+            yield Bench(engine, model, settings, watch, record, hosts)
+        transport.close()
+
+
+@contextmanager
+def _running(engine: Engine) -> Iterator[None]:
+    engine.start()
+    try:
+        yield
+    finally:
+        engine.stop()

@@ -1,0 +1,49 @@
+"""Shows what was measured: a table on a screen, or JSON with the setup."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cluster.measure.dispatch import DispatchResult
+from cluster.measure.engine import EngineResult
+from cluster.version import herd_version
+
+
+def print_results(results: Sequence[EngineResult] | Sequence[DispatchResult], out: str | None = None) -> None:
+    """A table on the screen; `out` also gets JSON with the setup ("-": JSON on standard output, and no table)."""
+    rows = [asdict(result) for result in results]
+    document = json.dumps({"setup": _setup(), "results": rows}, indent=1)
+    if out == "-":
+        print(document)
+        return
+    if out:
+        Path(out).write_text(document + "\n")
+    flat = [_flat(row) for row in rows]
+    widths = {name: max(len(name), *(len(str(row[name])) for row in flat)) for name in flat[0]}
+    print("  ".join(f"{name:>{width}}" for name, width in widths.items()))
+    for row in flat:
+        print("  ".join(f"{row[name]!s:>{width}}" for name, width in widths.items()))
+
+
+def _setup() -> dict[str, object]:
+    return {
+        "herd": herd_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _flat(row: dict[str, object]) -> dict[str, object]:
+    """The parts of a split as columns of their own, in milliseconds."""
+    split = row.get("split")
+    rest = {name: value for name, value in row.items() if name != "split"}
+    return rest | {f"{part} ms": value for part, value in split.items()} if isinstance(split, dict) else rest
