@@ -23,10 +23,12 @@ from cluster.measure.hosts import TIMEOUT_S, HostProcesses, await_links, host_pr
 from cluster.measure.machine import Machine, measure_machine
 from cluster.measure.watch import Record, Seen, StopWatch, WatchedExperts, WatchedRunner
 from cluster.topology import Role, needs
+from experts.placement import ExpertKey
 from experts.transport.grpc_client import GrpcTransport
 from router.dispatch import RemoteExperts
 from router.engine.engine import Engine
 from router.engine.request import Event, FinishEvent, SamplingParams, TokenEvent
+from router.model.decoder import RoutedExperts
 
 SEED = 20240
 WARM_UP_TOKENS = 4
@@ -63,7 +65,6 @@ class Bench:
     engine: Engine
     model: Model
     settings: ServeSettings
-    watch: StopWatch
     record: Record
     hosts: HostProcesses | None
 
@@ -180,34 +181,32 @@ def bench_engine(
 def bench_of(model: Model, settings: ServeSettings) -> Iterator[Bench]:
     """A running engine; its host processes end with it."""
     watch, record = StopWatch(), Record()
-    if settings.transport == "local":
-        experts = WatchedExperts(load_local_experts(model, settings), watch, record)
-        engine = build_engine(
+
+    def engine_with(
+        experts: RoutedExperts, available: Callable[[frozenset[ExpertKey]], bool] = lambda _missing: True
+    ) -> Engine:
+        return build_engine(
             model,
             settings,
-            experts,
-            lambda _: True,
+            WatchedExperts(experts, watch, record),
+            available,
             meter=watch,
             wrap=lambda runner: WatchedRunner(runner, watch, record),
         )
+
+    if settings.transport == "local":
+        engine = engine_with(load_local_experts(model, settings))
         with _running(engine):
-            yield Bench(engine, model, settings, watch, record, None)
+            yield Bench(engine, model, settings, record, None)
         return
     with host_processes(model, settings) as hosts:
         transport = GrpcTransport(router_name="bench", terms=model.terms())
         remote = RemoteExperts(transport)
         remote.connect(hosts.view)
         await_links(transport, len(hosts.view.hosts))
-        engine = build_engine(
-            model,
-            settings,
-            WatchedExperts(remote, watch, record),
-            remote.available,
-            meter=watch,
-            wrap=lambda runner: WatchedRunner(runner, watch, record),
-        )
+        engine = engine_with(remote, remote.available)
         with _running(engine):
-            yield Bench(engine, model, settings, watch, record, hosts)
+            yield Bench(engine, model, settings, record, hosts)
         transport.close()
 
 
