@@ -60,6 +60,7 @@ class RouterInfo:
     waiting: int = 0
     metrics_address: str = ""
     max_model_len: int = 0
+    kv_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

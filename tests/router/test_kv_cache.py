@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experts.errors import InvalidInput
-from router.engine.kv_cache import BlockCount, KVCache, KVLayout, plan_layout
+from router.engine.kv_cache import KVCache
+from router.engine.kv_layout import BlockCount, KVLayout, plan_layout
 from router.engine.request import Request, SamplingParams
 
 
@@ -173,7 +174,7 @@ def test_integrity_check_finds_lost_doubled_and_missing_blocks() -> None:
     with pytest.raises(AssertionError):
         cache.check_integrity([request, other])
     other.global_blocks = []
-    other.local_blocks = [cache._free_local.pop()]
+    other.local_blocks = [*cache._local.take(1, [], 1)]
     other.num_computed = 1
     with pytest.raises(AssertionError, match="too few"):
         cache.check_integrity([request, other])
