@@ -49,7 +49,8 @@ class HostInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterInfo:
-    """A router as the controller last saw it. `address` is its internal Submit listener ("ip:port")."""
+    """A router as the controller last saw it. `address` is its internal Submit listener ("ip:port"). One request can
+    have `max_model_len` tokens, all of them together `kv_tokens`."""
 
     name: str
     address: str

@@ -1,15 +1,19 @@
 """The free blocks of a pool as extents, runs of consecutive ids, each as long as it can be.
 
 Attention reads a table of consecutive blocks without copying, so a table goes on in the block after its last one
-whenever that is free. A table that begins, or cannot go on, does so in the longest extent: at its middle, since the
-table before it may want to grow into its first half, but early enough for all blocks it is known to want.
+whenever that is free. A table that begins, or cannot go on, does so in the longest extent. If that is long, it begins
+at its middle, since the table before it may want to grow into the first half, but early enough for all blocks it is
+known to want.
 """
 
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
 
+LONG = 64
+"""An extent of more blocks is worth keeping in halves."""
 SLACK = 64
+"""Entries of the heap that may be out of date however few there are."""
 
 
 class FreeExtents:
@@ -55,7 +59,8 @@ class FreeExtents:
     def _place(self, wanted: int) -> int:
         """Where to begin: see above. Nobody grows into an extent at the very beginning."""
         start, end = self._longest_extent()
-        offset = max(0, min((end - start) // 2, end - start - wanted)) if start else 0
+        half = (end - start) // 2 if start and end - start > LONG else 0
+        offset = max(0, min(half, end - start - wanted))
         if offset:
             self._remove(start, end)
             self._put(start, start + offset)

@@ -189,13 +189,11 @@ class KVCache:
 
     def _to_come(self, request: Request, num_computed: int, held: BlockCount, num_shared: int) -> BlockCount:
         """Blocks to take beyond those `held`, of which `num_shared` local ones stay in other tables at the border."""
-        peak = self.layout.peak_blocks(request.num_known, num_computed)
-        need = peak.minus(held)
-        if self.layout.border and num_shared:
-            beyond = request.num_known - self.layout.chunk_start(num_computed) - self.layout.border
-            if beyond > 0:
-                again = self.layout.peak_blocks(beyond).num_local - (peak.num_local - num_shared)
-                need = need._replace(num_local=max(need.num_local, again))
+        need = self.layout.peak_blocks(request.num_known, num_computed).minus(held)
+        beyond = request.num_known - self.layout.chunk_start(num_computed) - (self.layout.border or request.num_known)
+        if num_shared and beyond > 0:
+            after_border = self.layout.peak_blocks(beyond).num_local - (held.num_local - num_shared)
+            need = need._replace(num_local=max(need.num_local, after_border))
         return need
 
     def extend(self, request: Request, num_new: int) -> None:
