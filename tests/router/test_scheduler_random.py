@@ -117,7 +117,9 @@ def draw_world(random: Random) -> World:
     return World(
         kinds=random.choice([(True, True), (True, True), (True, False), (False, True)]),
         block_size=block_size,
-        chunk_size=random.choice([None, block_size, 2 * block_size, 3 * block_size, random.randint(1, 7)]),
+        chunk_size=random.choice(
+            [None, *(block_size * count for count in (1, 2, 3)), 2 * block_size + 1, random.randint(1, 7)]
+        ),
         model_len=random.choice([16, 32, 64, 120]),
         spare=(random.randint(0, 60), random.randint(0, 30)),
         budget=random.choice([1, 6, 12, 64]),

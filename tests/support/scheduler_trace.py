@@ -170,7 +170,7 @@ class Trace:
         self.step = step if step.pieces else None
         self.check_step(step)
         assert self.scheduler.num_running <= max(len(ran), self.config.max_running)
-        self.check_order(step, ran, waited)
+        self.check_order(step, ran, waited, held)
         lost = {request.request_id for request in before if not (request.global_blocks or request.local_blocks)}
         self.preempted |= held & lost
         self.note_hits(step, waited)
@@ -185,16 +185,15 @@ class Trace:
             self.check_slots(piece)
             self.contents.check(piece)
 
-    def check_order(self, step: Step, ran: list[Request], waited: list[Request]) -> None:
-        """Both lists have the most urgent first."""
+    def check_order(self, step: Step, ran: list[Request], waited: list[Request], held: set[str]) -> None:
+        """Both lists have the most urgent first; `held` had blocks."""
         if ran:
             assert any(piece.request is ran[0] for piece in step.pieces), "the most urgent did not advance"
         admitted = [request.phase is Phase.RUNNING for request in waited]
         assert admitted == sorted(admitted, reverse=True), "somebody was overtaken"
-        phases = [request.phase for request in ran if request.phase is not Phase.RUNNING]
-        kept = [request.phase is Phase.RUNNING for request in ran]
+        # Without global layers one at a border has no blocks, and nothing to give.
+        kept = [request.phase is Phase.RUNNING for request in ran if request.request_id in held]
         assert kept == sorted(kept, reverse=True), "somebody less urgent was left alone"
-        assert set(phases) <= {Phase.WAITING}
 
     def note_hits(self, step: Step, waited: list[Request]) -> None:
         border = self.scheduler.cache.layout.border
