@@ -107,20 +107,11 @@ class KVCache:
         most = (request.num_known - 1) // self.layout.block_size
         if not self._prefix_cache or most < 1:
             return NOTHING
-        found = self._find_global(request, most) if self.layout.has_global else []
+        found = self._find_run(self._global, request, 0, most) if self.layout.has_global else []
         reach = len(found) if self.layout.has_global else most
         local = self._find_local(request, reach)
         num_blocks = reach if local is None else local[0]
         return Prefix(num_blocks * self.layout.block_size, found[:num_blocks], local[1] if local else [])
-
-    def _find_global(self, request: Request, most: int) -> list[int]:
-        blocks: list[int] = []
-        while len(blocks) < most:
-            block = self._global.find(self._name(request, len(blocks)))
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
 
     def _find_local(self, request: Request, reach: int) -> tuple[int, list[int]] | None:
         """The greatest number of blocks ≤ `reach` at which a prefix may end for the sake of local layers, and their
@@ -131,15 +122,18 @@ class KVCache:
         start, end = self.layout.chunk_start(reach * size), reach * size
         while True:
             if start % size == 0:
-                blocks = self._find_in_chunk(request, start // size, end // size)
+                blocks = self._find_run(self._local, request, start // size, end // size)
                 if blocks or self.layout.has_global or start == 0:
                     return start // size + len(blocks), blocks
             start, end = self.layout.chunk_start(start - 1), start - 1
 
-    def _find_in_chunk(self, request: Request, first: int, stop: int) -> list[int]:
+    def _find_run(self, pool: BlockPool, request: Request, first: int, stop: int) -> list[int]:
+        """The blocks of the pool with the content of the request's blocks `first` … `stop` − 1, up to the first that is
+        not there."""
         blocks: list[int] = []
-        while first + len(blocks) < stop:
-            block = self._local.find(self._name(request, first + len(blocks)))
+        names = request.block_names
+        for index in range(first, stop):
+            block = pool.find(names[index] if index < len(names) else self._name(request, index))
             if block is None:
                 break
             blocks.append(block)
