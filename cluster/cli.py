@@ -79,6 +79,13 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help="auto, float32, bfloat16 or float16 (auto: the checkpoint's)")
     add("--max-model-len", metavar="T", help="tokens of prompt and answer together (what the KV memory holds)")
     add("--kv-memory", metavar="SIZE", help="KV cache of a router, such as 512MiB (2GiB)")
+    add(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_const",
+        const=False,
+        help="share no beginnings of prompts",
+    )
     add("--max-batch-tokens", metavar="T", help="tokens that one step computes at most (1024)")
     add("--max-running", metavar="N", help="requests that run at a time on one router (64)")
     add("--max-waiting", metavar="N", help="requests that wait on one router before others are refused (256)")

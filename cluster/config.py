@@ -45,6 +45,7 @@ class ServeSettings:
     device: str = "cpu"
     max_model_len: int | None = None
     kv_memory: int = 2 << 30
+    prefix_cache: bool = True
     max_batch_tokens: int = 1024
     max_running: int = 64
     max_waiting: int = 256
@@ -186,6 +187,14 @@ def _number(field: str, value: object) -> float:
         raise InvalidInput(field, value, "must be a number") from None
 
 
+def _switch(field: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise InvalidInput(field, value, "must be true or false")
+
+
 def _text(field: str, value: object) -> str:
     if not isinstance(value, str):
         raise InvalidInput(field, value, "must be a text")
@@ -209,6 +218,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "deterministic": _flag,
     "model_dir": _folder,
     "kv_memory": parse_size,
+    "prefix_cache": _switch,
     "request_timeout_s": _number,
 }
 

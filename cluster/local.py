@@ -23,7 +23,8 @@ from experts.wire.codec import LinkTerms
 from router.checkpoint import load_trunk, load_vision
 from router.engine.engine import Engine, Runner
 from router.engine.image_features import MAX_TILES_AT_ONCE, ImageFeatures
-from router.engine.kv_cache import KVCache, KVLayout, plan_layout
+from router.engine.kv_cache import KVCache
+from router.engine.kv_layout import KVLayout, plan_layout
 from router.engine.runner import ModelRunner, bytes_per_block
 from router.engine.scheduler import Scheduler, SchedulerConfig
 from router.kernels.native import choose_attend
@@ -31,7 +32,8 @@ from router.local_experts import LocalExperts
 from router.model.decoder import Decoder, Meter, RoutedExperts
 from router.prompt.stop_ids import default_stop_ids
 
-BLOCK_SIZE = 16
+BLOCK_SIZE = 64
+SMALL_BLOCK_SIZES = range(BLOCK_SIZE, 7, -1)
 WAITING_TOKENS_PER_REQUEST = 4096
 """The waiting queue is full of long prompts before it is full of requests when they are longer than this on average."""
 
@@ -97,7 +99,7 @@ def build_engine(
     layout = plan_kv(model, settings)
     capacity = layout.capacity_tokens(model.config.max_position)
     scheduler = Scheduler(
-        KVCache(layout),
+        KVCache(layout, prefix_cache=settings.prefix_cache),
         SchedulerConfig(
             max_batch_tokens=settings.max_batch_tokens,
             max_running=settings.max_running,
@@ -136,15 +138,23 @@ def _image_features(model: Model, settings: ServeSettings) -> ImageFeatures | No
 
 def plan_kv(model: Model, settings: ServeSettings) -> KVLayout:
     """The block pools that `settings.kv_memory` bytes pay for."""
-    per_global, per_local = bytes_per_block(model.config, BLOCK_SIZE, model.dtype)
+    block_size = choose_block_size(model.config.chunk_size)
+    per_global, per_local = bytes_per_block(model.config, block_size, model.dtype)
     return plan_layout(
         kv_bytes=settings.kv_memory,
         bytes_per_global_block=per_global,
         bytes_per_local_block=per_local,
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         chunk_size=model.config.chunk_size,
         has_global=per_global > 0,
         has_local=per_local > 0,
         max_running=settings.max_running,
         min_tokens=settings.max_model_len or 1,
     )
+
+
+def choose_block_size(chunk_size: int | None) -> int:
+    """64 tokens where chunks consist of whole blocks, as real models' do; else the largest size from 8 on that divides
+    the chunk size. If none does, 64 again: requests then share prefixes only up to the borders where both fit."""
+    sizes = (size for size in SMALL_BLOCK_SIZES if chunk_size is None or chunk_size % size == 0)
+    return next(sizes, BLOCK_SIZE)

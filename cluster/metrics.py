@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     # At run time only their attributes are read: the controller's page must not load torch.
     from router.dispatch import DispatchStats
     from router.engine.engine import EngineStats
+    from router.engine.kv_cache import KVNumbers
 
 Families = Iterable[Metric]
 
@@ -47,7 +48,8 @@ class RouterNumbers:
     running: int
     waiting: int
     parked: int
-    kv_use: float
+    kv: KVNumbers
+    max_model_len: int
     dispatch: DispatchStats | None = None
     inner: HostNumbers | None = None
 
@@ -116,11 +118,24 @@ def router_families(numbers: RouterNumbers) -> Iterator[Metric]:
     for state, count in (("running", numbers.running), ("waiting", numbers.waiting), ("parked", numbers.parked)):
         now.add_metric([state], count)
     yield now
-    yield _gauge("herd_router_kv_use_ratio", "Share of the KV cache in use.", value=numbers.kv_use)
+    yield from _kv_families(numbers)
     if numbers.dispatch is not None:
         yield from _dispatch_families(numbers.dispatch)
     if numbers.inner is not None:
         yield from host_families(numbers.inner)
+
+
+def _kv_families(numbers: RouterNumbers) -> Iterator[Metric]:
+    kv = numbers.kv
+    yield _gauge("herd_router_kv_use_ratio", "Share of the KV cache that requests hold.", value=kv.used)
+    yield _gauge("herd_router_kv_cached_ratio", "Share of it that is free but may be found again.", value=kv.cached)
+    room = _gauge("herd_router_kv_capacity_tokens", "Tokens that fit: of one sequence, and of each pool.", ("of",))
+    for of, tokens in (("sequence", numbers.max_model_len), ("global", kv.global_tokens), ("local", kv.local_tokens)):
+        room.add_metric([of], tokens)
+    yield room
+    yield _counter("herd_router_prefix_lookup_tokens", "Tokens looked for in the cache.", value=kv.looked_up_tokens)
+    yield _counter("herd_router_prefix_hit_tokens", "Tokens found there, not computed.", value=kv.hit_tokens)
+    yield _counter("herd_router_kv_evicted_blocks", "Cached blocks given up for others.", value=kv.evicted_blocks)
 
 
 def _dispatch_families(stats: DispatchStats) -> Iterator[Metric]:

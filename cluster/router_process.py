@@ -79,6 +79,7 @@ class RouterProcess:
             waiting=waiting,
             metrics_address=self.metrics.address,
             max_model_len=self.engine.max_model_len,
+            kv_tokens=self.engine.kv_numbers().tokens,
             inner_host=self._inner_host(),
         )
 
@@ -90,7 +91,8 @@ class RouterProcess:
             running=running,
             waiting=waiting,
             parked=parked,
-            kv_use=self.engine.kv_use(),
+            kv=self.engine.kv_numbers(),
+            max_model_len=self.engine.max_model_len,
             dispatch=self.experts.stats if isinstance(self.experts, RemoteExperts) else None,
             inner=None if isinstance(self.experts, RemoteExperts) else self._inner_numbers(self.experts),
         )

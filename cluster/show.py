@@ -72,8 +72,16 @@ def as_text(status: ClusterStatus) -> str:
         held = f"{host.slots} of {host.slots_target} experts, {host.rows_total} rows"
         rows.append((host.name, host.node, str(host.pid), host.address or host.transport, host.state, held))
     lines += _table(rows)
+    lines += ["", kv_line(status)] if status.routers else []
     lines += ["", *(f"problem: {problem}" for problem in status.problems)] if status.problems else []
     return "\n".join(lines)
+
+
+def kv_line(status: ClusterStatus) -> str:
+    """What fits into the KV caches of the routers that report; routers are alike, and the least of them is told."""
+    tokens = min((router.kv_tokens for router in status.routers), default=0)
+    longest = min((router.max_model_len for router in status.routers), default=0)
+    return f"KV cache: {tokens:,} tokens on each router, up to {longest:,} of one request"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -49,7 +49,8 @@ class HostInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterInfo:
-    """A router as the controller last saw it. `address` is its internal Submit listener ("ip:port")."""
+    """A router as the controller last saw it. `address` is its internal Submit listener ("ip:port"). One request can
+    have `max_model_len` tokens, all of them together `kv_tokens`."""
 
     name: str
     address: str
@@ -60,6 +61,7 @@ class RouterInfo:
     waiting: int = 0
     metrics_address: str = ""
     max_model_len: int = 0
+    kv_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,8 @@ class MemberReport:
 
     `address` is a router's Submit listener, `http` an ingress's URL. `view_version` and `view_epoch` are
     those of the last view it has. `inner_host` is the host inside a router that computes experts itself.
-    `max_model_len` is a router's limit on prompt and answer together, in tokens.
+    `max_model_len` is a router's limit on prompt and answer together, `kv_tokens` what all its requests can have in the
+    KV cache, both in tokens.
     """
 
     kind: MemberKind
@@ -71,6 +72,7 @@ class MemberReport:
     inner_host: HostReport | None = None
     problem: str = ""
     max_model_len: int = 0
+    kv_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

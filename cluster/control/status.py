@@ -76,6 +76,7 @@ def router_info(report: MemberReport) -> RouterInfo:
         waiting=report.waiting,
         metrics_address=report.metrics_address,
         max_model_len=report.max_model_len,
+        kv_tokens=report.kv_tokens,
     )
 
 

@@ -33,6 +33,7 @@ from cluster.on_ray.find import ControllerFinder
 from cluster.on_ray.own_ray import JoinedRay, OwnRay
 from cluster.progress import Progress
 from cluster.run_file import prepare_state_dir, run_file_path
+from cluster.show import kv_line
 from experts.errors import CheckpointError, ControllerUnreachable, HerdError, InvalidInput
 from experts.grpc_control import ask_drain, ask_shutdown, fetch_status
 from experts.reports import ClusterStatus
@@ -151,6 +152,8 @@ class Launcher:
                     raise StartFailed(status.problems[0])
             signals.check(POLL_S)
         progress.end()
+        if status is not None:
+            self._say(kv_line(status))
         self._check_http(signals)
 
     def _phase(self, status: ClusterStatus) -> tuple[str, int, int]:

@@ -64,7 +64,7 @@ class HostOrder(_message.Message):
     def __init__(self, target: _Optional[_Union[HostOrder.Target, _Mapping]] = ..., retire: _Optional[bool] = ...) -> None: ...
 
 class MemberReport(_message.Message):
-    __slots__ = ("kind", "name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "http", "view_version", "view_epoch", "inner_host", "problem", "max_model_len")
+    __slots__ = ("kind", "name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "http", "view_version", "view_epoch", "inner_host", "problem", "max_model_len", "kv_tokens")
     KIND_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class MemberReport(_message.Message):
     INNER_HOST_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     kind: MemberKind
     name: str
     address: str
@@ -95,7 +96,8 @@ class MemberReport(_message.Message):
     inner_host: HostReport
     problem: str
     max_model_len: int
-    def __init__(self, kind: _Optional[_Union[MemberKind, str]] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., metrics_address: _Optional[str] = ..., http: _Optional[str] = ..., view_version: _Optional[int] = ..., view_epoch: _Optional[int] = ..., inner_host: _Optional[_Union[HostReport, _Mapping]] = ..., problem: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
+    kv_tokens: int
+    def __init__(self, kind: _Optional[_Union[MemberKind, str]] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., metrics_address: _Optional[str] = ..., http: _Optional[str] = ..., view_version: _Optional[int] = ..., view_epoch: _Optional[int] = ..., inner_host: _Optional[_Union[HostReport, _Mapping]] = ..., problem: _Optional[str] = ..., max_model_len: _Optional[int] = ..., kv_tokens: _Optional[int] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("layer", "expert", "hosts")
@@ -144,7 +146,7 @@ class Host(_message.Message):
     def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., transport: _Optional[str] = ..., slots: _Optional[int] = ..., slots_target: _Optional[int] = ..., rows_total: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class Router(_message.Message):
-    __slots__ = ("name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "max_model_len")
+    __slots__ = ("name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "max_model_len", "kv_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +156,7 @@ class Router(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: str
     node: str
@@ -163,7 +166,8 @@ class Router(_message.Message):
     waiting: int
     metrics_address: str
     max_model_len: int
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., metrics_address: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
+    kv_tokens: int
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., metrics_address: _Optional[str] = ..., max_model_len: _Optional[int] = ..., kv_tokens: _Optional[int] = ...) -> None: ...
 
 class Ingress(_message.Message):
     __slots__ = ("name", "node", "pid", "http", "metrics_address")

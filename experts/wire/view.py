@@ -100,6 +100,7 @@ def member_report_to_wire(report: MemberReport) -> pb.MemberReport:
         view_version=report.view_version,
         view_epoch=report.view_epoch,
         max_model_len=report.max_model_len,
+        kv_tokens=report.kv_tokens,
         inner_host=None if report.inner_host is None else host_report_to_wire(report.inner_host),
         problem=report.problem,
     )
@@ -124,6 +125,7 @@ def member_report_from_wire(message: pb.MemberReport) -> MemberReport:
         view_version=message.view_version,
         view_epoch=message.view_epoch,
         max_model_len=message.max_model_len,
+        kv_tokens=message.kv_tokens,
         inner_host=host_report_from_wire(message.inner_host) if message.HasField("inner_host") else None,
         problem=message.problem,
     )
@@ -253,6 +255,7 @@ def _router_to_wire(router: RouterInfo) -> pb.Router:
         waiting=router.waiting,
         metrics_address=router.metrics_address,
         max_model_len=router.max_model_len,
+        kv_tokens=router.kv_tokens,
     )
 
 
@@ -267,6 +270,7 @@ def _router_from_wire(message: pb.Router) -> RouterInfo:
         waiting=message.waiting,
         metrics_address=message.metrics_address,
         max_model_len=message.max_model_len,
+        kv_tokens=message.kv_tokens,
     )
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 from experts.errors import InvalidInput, RouterLost
 from experts.placement import ExpertKey
 from router.engine.images import ImageInput, ImageRules, place_images
+from router.engine.kv_cache import KVNumbers
 from router.engine.request import Event, FinishEvent, Request, SamplingParams
 from router.engine.runner import StepOutcome
 from router.engine.scheduler import Scheduler, Step
@@ -102,12 +103,10 @@ class Engine:
             scheduler = self._scheduler
             return scheduler.num_running, scheduler.num_waiting, scheduler.num_parked
 
-    def kv_use(self) -> float:
-        """Share of the KV cache's blocks that requests hold."""
+    def kv_numbers(self) -> KVNumbers:
+        """How full the KV cache is, and what sharing prefixes saves."""
         with self._changed:
-            layout, free = self._scheduler.cache.layout, self._scheduler.cache.num_free
-        total = layout.num_global_blocks + layout.num_local_blocks
-        return 1.0 - (free.num_global + free.num_local) / total
+            return self._scheduler.cache.numbers()
 
     def submit(
         self,

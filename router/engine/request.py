@@ -172,10 +172,14 @@ class Request:
     """Lower goes first; equal ones go in order of arrival."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    adapter_salt: str = ""
+    """The same for whatever else changes the model's keys and values: what is not the base model has one of its own."""
     num_computed: int = 0
     phase: Phase = Phase.WAITING
     global_blocks: list[int] = field(default_factory=list)
     local_blocks: list[int] = field(default_factory=list)
+    block_names: list[bytes] = field(default_factory=list, repr=False)
+    """Names of the content of its full blocks, as far as the cache has asked for them."""
     images: tuple[PlacedImage, ...] = ()
     """Images of the prompt, in order."""
     missing: frozenset[ExpertKey] = frozenset()

@@ -3,7 +3,8 @@
 State + event → state + events: time is an argument, nothing waits, nothing is computed. Knows nothing of
 models, clients or where experts are.
 
-All requests are in one dict, in order of arrival; the phase of a request says the rest:
+All requests are in one dict, in order of arrival; the phase of a request says the rest. One is more *urgent* than
+another when its priority is the lower number or, with equal priorities, when it came earlier.
 
     WAITING → RUNNING   admitted
     RUNNING → WAITING   preempted: its blocks are gone, its tokens stay known
@@ -12,20 +13,26 @@ All requests are in one dict, in order of arrival; the phase of a request says t
     PARKED → WAITING    they are back, but its blocks were taken meanwhile
     any → DONE          with exactly one FinishEvent
 
-Why every request ends: a running request takes blocks from later ones and never from earlier ones, so the
-earliest always advances; waiting requests are admitted in order and never overtaken. A parked request makes
-no progress, so it gives way to whoever can.
+Why every request ends: a running request takes blocks from less urgent ones and never from more urgent ones, and has
+a token of every step kept for it, so the most urgent one always advances; waiting requests are admitted in order of
+urgency and never overtaken. Only a stream of more urgent requests can keep one waiting, as priorities mean it. A parked
+request makes no progress, so it gives way to whoever can.
+
+Prompts beside running streams get as much of a step as `pace` thinks the streams can bear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from types import MappingProxyType
 
 from experts.errors import ContextOverflow, ExpertUnavailable, InvalidInput, Overloaded
 from experts.placement import ExpertKey
-from router.engine.kv_cache import BlockCount, KVCache
+from router.engine.kv_cache import KVCache, Prefix
+from router.engine.kv_layout import BlockCount
+from router.engine.pace import Pace
 from router.engine.request import Event, FinishEvent, FinishReason, Phase, Request, TokenEvent, TokenLogprobs
 
 PACE_WINDOW_S = 10.0
@@ -43,6 +50,8 @@ class SchedulerConfig:
     `max_waiting_tokens` limits the known tokens of waiting requests, but one request may always wait.
     `max_image_bytes` limits the pixels of all requests that are here, which stay until their requests end; again one
     request may have more. `max_model_len` limits prompt + output.
+    `decode_stretch` ≥ 1 is what prompts may do to running streams: how many times as long as a step of streams alone a
+    step with prompts may take. More of it ends prompts sooner; infinity lets them fill every step.
     """
 
     max_batch_tokens: int
@@ -51,6 +60,7 @@ class SchedulerConfig:
     max_waiting_tokens: int
     max_model_len: int
     max_image_bytes: int = 2 << 30
+    decode_stretch: float = 2.0
     eos_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
@@ -58,6 +68,8 @@ class SchedulerConfig:
             value = getattr(self, bound.name)
             if bound.name.startswith("max_") and value < 1:
                 raise InvalidInput(bound.name, value, "must be at least 1")
+        if not self.decode_stretch >= 1:
+            raise InvalidInput("decode_stretch", self.decode_stretch, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +98,11 @@ class Step:
     def num_tokens(self) -> int:
         return sum(piece.count for piece in self.pieces)
 
+    @property
+    def num_decodes(self) -> int:
+        """Pieces that a single token was left of. Meaningful until `update`."""
+        return sum(piece.count == 1 and piece.samples for piece in self.pieces)
+
 
 class Scheduler:
     """All requests of one router. `schedule` and `update` alternate; anything else may be called in
@@ -100,6 +117,7 @@ class Scheduler:
         self._in_flight: Step | None = None
         self._num_finished = 0
         self._finished_per_s = 1.0
+        self._pace = Pace(config.decode_stretch)
 
     # What is here
 
@@ -131,6 +149,11 @@ class Scheduler:
 
     def _in_phase(self, phase: Phase) -> list[Request]:
         return [request for request in self._live.values() if request.phase is phase]
+
+    def _by_urgency(self, *phases: Phase) -> list[Request]:
+        """The most urgent first: the dict is in order of arrival, and sorting keeps that among equals."""
+        chosen = [request for request in self._live.values() if request.phase in phases]
+        return sorted(chosen, key=attrgetter("priority"))
 
     # A request comes
 
@@ -179,30 +202,39 @@ class Scheduler:
 
     def schedule(self, now: float) -> Step:
         """Choose the next step: decodes of running requests, then their prefills, then admissions, each in
-        order of arrival. A step that is not empty must go through `update` before the next call."""
+        order of urgency. A step that is not empty must go through `update` before the next call."""
         assert self._in_flight is None, "the last step has not been updated"
-        draft = _Draft(budget=self.config.max_batch_tokens)
-        decodes_first = sorted(self._in_phase(Phase.RUNNING), key=lambda request: _num_behind(request) > 1)
-        for request in decodes_first:
-            if request.phase is Phase.RUNNING:  # else preempted a moment ago for an earlier one
+        running = self._by_urgency(Phase.RUNNING)
+        draft = self._draft(running)
+        for request in sorted(running, key=lambda request: not _decodes(request)):
+            if request.phase is Phase.RUNNING:  # else preempted a moment ago for a more urgent one
                 self._add_piece(draft, request)
         self._admit(draft)
         step = Step(pieces=tuple(draft.pieces.values()), started=now)
         self._in_flight = step if step.pieces else None
         return step
 
+    def _draft(self, running: list[Request]) -> _Draft:
+        """An empty step, with the bounds that follow from who runs."""
+        budget = self.config.max_batch_tokens
+        if not any(_decodes(request) for request in running):
+            return _Draft(decode_budget=budget, budget=budget, prompt_budget=budget)
+        urgent_prompt = not _decodes(running[0])
+        beside = self._pace.prompt_tokens(may_pause=not urgent_prompt)
+        return _Draft(decode_budget=budget - urgent_prompt, budget=budget, prompt_budget=int(min(budget, beside)))
+
     def _add_piece(self, draft: _Draft, request: Request) -> None:
-        count = min(_num_behind(request), draft.budget)
+        count = min(_num_behind(request), draft.room_for(request))
         count = self.cache.layout.clip_to_chunk(request.num_computed, count)
         if count and self._make_room(draft, request, count):
             self.cache.extend(request, count)
             draft.add(Piece(request=request, start=request.num_computed, count=count))
 
     def _make_room(self, draft: _Draft, request: Request, count: int) -> bool:
-        """Preempt others until `request` can compute `count` more tokens. False when only earlier requests
+        """Preempt others until `request` can compute `count` more tokens. False when only more urgent requests
         are left to take from: then it sits this step out, and keeps its blocks."""
         while not self.cache.can_extend(request, count):
-            victim = self._latest_parked_holder() or self._latest_running_holder_after(request)
+            victim = self._parked_victim() or self._running_victim(request)
             if victim is None:
                 return False
             draft.drop(victim)
@@ -214,14 +246,16 @@ class Scheduler:
         more than that ends in preemption, which throws computed tokens away."""
         num_running = self.num_running
         spare = self._spare_blocks()
-        for request in self._in_phase(Phase.WAITING):
-            if not draft.budget or num_running >= self.config.max_running:
+        for request in self._by_urgency(Phase.WAITING):
+            if not draft.room_for_prompts or num_running >= self.config.max_running:
                 return
-            need = self.cache.still_needed(request)
+            prefix = self.cache.find_prefix(request)
             if num_running == 0:
-                spare = self._reclaim_parked_for(need)
+                spare = self._reclaim_parked_for(request, prefix)
+            need = self.cache.cost_of_admission(request, prefix)
             if not spare.covers(need):
                 return
+            self.cache.take_prefix(request, prefix)
             request.phase = Phase.RUNNING
             self._add_piece(draft, request)
             num_running += 1
@@ -234,32 +268,34 @@ class Scheduler:
             spare = spare.minus(self.cache.still_needed(request))
         return spare
 
-    def _reclaim_parked_for(self, need: BlockCount) -> BlockCount:
+    def _reclaim_parked_for(self, request: Request, prefix: Prefix) -> BlockCount:
         """Nothing runs: parked requests must not keep a waiting one out, or one lost expert stops everyone.
-        Returns the spare blocks, which cover `need`."""
-        while not self.cache.num_free.covers(need):
-            victim = self._latest_parked_holder()
+        Returns the spare blocks, which cover what `request` needs beyond `prefix`. Nothing of that goes: what a parked
+        request gives up is free, but still there."""
+        while not self.cache.num_free.covers(self.cache.cost_of_admission(request, prefix)):
+            victim = self._parked_victim()
             assert victim is not None, "one sequence alone must fit"
             self._preempt(victim)
         return self.cache.num_free
 
-    def _latest_parked_holder(self) -> Request | None:
-        for request in reversed(self._live.values()):
-            if request.phase is Phase.PARKED and _holds_blocks(request):
-                return request
-        return None
+    def _parked_victim(self) -> Request | None:
+        """The least urgent of the parked requests that hold blocks."""
+        holders = (request for request in reversed(self._by_urgency(Phase.PARKED)) if _holds_blocks(request))
+        return next(holders, None)
 
-    def _latest_running_holder_after(self, request: Request) -> Request | None:
-        for other in reversed(self._live.values()):
+    def _running_victim(self, request: Request) -> Request | None:
+        """The least urgent of the running requests that hold blocks and are less urgent than `request`."""
+        for other in reversed(self._by_urgency(Phase.RUNNING)):
             if other is request:
                 break
-            if other.phase is Phase.RUNNING and _holds_blocks(other):
+            if _holds_blocks(other):
                 return other
         return None
 
     def _preempt(self, request: Request) -> None:
-        """Take the blocks back; all known tokens will be computed again. Its place in the order of arrival
-        puts a running request before everything that was never admitted; a parked one stays parked."""
+        """Take the blocks back; all known tokens will be computed again, but for what is found in the cache. Its
+        place in the order of arrival puts a running request before every waiting one of its priority that was never
+        admitted; a parked one stays parked."""
         self.cache.free(request)
         if request.phase is Phase.RUNNING:
             request.phase = Phase.WAITING
@@ -286,6 +322,8 @@ class Scheduler:
         """
         assert step is self._in_flight, "not the step that schedule returned last"
         self._in_flight = None
+        if not lost:  # else it may have waited for experts
+            self._pace.learn(step.num_decodes, step.num_tokens - step.num_decodes, now - step.started)
         events: list[Event] = []
         for piece in step.pieces:
             request = piece.request
@@ -296,7 +334,7 @@ class Scheduler:
                 request.missing = lost[request.request_id]
             else:
                 events += self._advance(piece, sampled, logprobs)
-        self._measure_pace(now - step.started)
+        self._measure_finishing(now - step.started)
         return events
 
     def _advance(self, piece: Piece, sampled: Mapping[str, int], logprobs: Mapping[str, TokenLogprobs]) -> list[Event]:
@@ -326,7 +364,7 @@ class Scheduler:
             return FinishReason.LENGTH
         return None
 
-    def _measure_pace(self, elapsed_s: float) -> None:
+    def _measure_finishing(self, elapsed_s: float) -> None:
         remembered = 1 - min(1.0, elapsed_s / PACE_WINDOW_S)
         learnt = self._num_finished / max(elapsed_s, PACE_WINDOW_S)
         self._finished_per_s = remembered * self._finished_per_s + learnt
@@ -389,18 +427,41 @@ class Scheduler:
 
 @dataclass(kw_only=True)
 class _Draft:
-    """A step being put together: its pieces by request id, and how many tokens it may still take."""
+    """A step being put together: its pieces by request id, and how many tokens it may still take; of decodes, of
+    anything, and of prompts."""
 
+    decode_budget: int
     budget: int
+    prompt_budget: int
     pieces: dict[str, Piece] = field(default_factory=dict)
+
+    @property
+    def room_for_prompts(self) -> int:
+        return min(self.budget, self.prompt_budget)
+
+    def room_for(self, request: Request) -> int:
+        return min(self.budget, self.decode_budget) if _decodes(request) else self.room_for_prompts
 
     def add(self, piece: Piece) -> None:
         self.pieces[piece.request.request_id] = piece
-        self.budget -= piece.count
+        self._spend(piece, piece.count)
 
     def drop(self, request: Request) -> None:
         piece = self.pieces.pop(request.request_id, None)
-        self.budget += piece.count if piece else 0
+        if piece is not None:
+            self._spend(piece, -piece.count)
+
+    def _spend(self, piece: Piece, count: int) -> None:
+        self.budget -= count
+        if _decodes(piece.request):
+            self.decode_budget -= count
+        else:
+            self.prompt_budget -= count
+
+
+def _decodes(request: Request) -> bool:
+    """Whether a single token is left to compute, so that nothing is shorter than its piece."""
+    return _num_behind(request) == 1
 
 
 def _num_behind(request: Request) -> int:

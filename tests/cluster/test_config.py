@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.cli import _parser
 from cluster.config import ServeSettings, parse_ports, parse_settings, parse_size
+from cluster.local import choose_block_size
 from cluster.topology import Role, advertised_host, max_ongoing_requests, needs
 from experts.errors import InvalidInput
 
@@ -21,6 +23,22 @@ def test_the_command_line_and_a_yaml_say_the_same() -> None:
     assert from_texts.max_model_len is None
     assert from_texts.model_name == "tiny"
     assert from_texts.host_names == ("host-0", "host-1")
+
+
+def test_sharing_prefixes_can_be_switched_off() -> None:
+    assert parse_settings({"model_dir": "/m"}).prefix_cache
+    assert parse_settings({"model_dir": "/m", "prefix-cache": "true"}).prefix_cache
+    assert not parse_settings({"model_dir": "/m", "prefix_cache": False}).prefix_cache
+    options = vars(_parser("0").parse_args(["serve", "/m", "--no-prefix-cache"]))
+    assert not parse_settings({name: value for name, value in options.items() if name != "run"}).prefix_cache
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "block_size"),
+    [(None, 64), (8192, 64), (64, 64), (32, 32), (96, 48), (100, 50), (16, 16), (7, 64), (131, 64), (12, 12)],
+)
+def test_blocks_fit_chunks_where_they_can(chunk_size: int | None, block_size: int) -> None:
+    assert choose_block_size(chunk_size) == block_size
 
 
 @pytest.mark.parametrize(
@@ -47,6 +65,8 @@ def test_the_command_line_and_a_yaml_say_the_same() -> None:
         ({"served_model_name": 3}, "served-model-name", "text"),
         ({"hostz": 3}, "hostz", "is not a setting"),
         ({"model_dir": ""}, "model_dir", "folder"),
+        ({"prefix_cache": "maybe"}, "prefix-cache", "true or false"),
+        ({"prefix_cache": 1}, "prefix-cache", "true or false"),
     ],
 )
 def test_bad_values_are_refused_by_name(given_values: dict[str, object], field: str, rule: str) -> None:

@@ -25,6 +25,7 @@ from experts.placement import HostInfo
 from experts.reports import ClusterStatus, ControllerInfo
 from router.dispatch import DispatchStats
 from router.engine.engine import EngineStats
+from router.engine.kv_cache import KVNumbers
 
 LOAD = LoadSnapshot(rows={(1, 0): 5, (3, 2): 7}, rows_total=12, num_shipments=4, compute_s=0.25)
 HOST = HostNumbers(name="host-0", load=LOAD, slots=8, held_bytes=4096)
@@ -33,7 +34,8 @@ ROUTER = RouterNumbers(
     running=1,
     waiting=2,
     parked=3,
-    kv_use=0.5,
+    kv=KVNumbers(used=0.5, cached=0.25, looked_up_tokens=90, hit_tokens=64, evicted_blocks=7, global_tokens=640),
+    max_model_len=512,
     dispatch=DispatchStats(shipments=9, resends=1, failures={"HostLost": 1}),
 )
 STATUS = ClusterStatus(
@@ -91,12 +93,20 @@ def test_a_router_shows_requests_tokens_and_shipments(scrape: Scrape) -> None:
     assert values["herd_router_requests{state=parked}"] == 3
     assert values["herd_router_output_tokens_total"] == 6
     assert values["herd_router_resends_total"] == 1
+    assert (values["herd_router_kv_use_ratio"], values["herd_router_kv_cached_ratio"]) == (0.5, 0.25)
+    assert values["herd_router_prefix_lookup_tokens_total"] == 90
+    assert values["herd_router_prefix_hit_tokens_total"] == 64
+    assert values["herd_router_kv_evicted_blocks_total"] == 7
+    capacity = {of: values[f"herd_router_kv_capacity_tokens{{of={of}}}"] for of in ("sequence", "global", "local")}
+    assert capacity == {"sequence": 512, "global": 640, "local": 0}
     assert values["herd_router_shipment_failures_total{error=HostLost}"] == 1
     assert not any(name.startswith("herd_host") for name in values)
 
 
 def test_a_router_that_computes_itself_shows_its_inner_host(scrape: Scrape) -> None:
-    numbers = RouterNumbers(engine=EngineStats(), running=0, waiting=0, parked=0, kv_use=0.0, inner=HOST)
+    numbers = RouterNumbers(
+        engine=EngineStats(), running=0, waiting=0, parked=0, kv=KVNumbers(), max_model_len=2, inner=HOST
+    )
     values = scrape(lambda: router_families(numbers))
     assert values["herd_expert_rows_total{expert=0,host=host-0,layer=1}"] == 5
     assert "herd_router_shipments_total" not in values

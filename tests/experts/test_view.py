@@ -43,7 +43,9 @@ reports = st.builds(
     problem=names,
 )
 hosts = st.builds(HostInfo, name=names, incarnation=large, address=names, pid=small, slots=small, rows_total=large)
-routers = st.builds(RouterInfo, name=names, address=names, running=small, waiting=small, max_model_len=small)
+routers = st.builds(
+    RouterInfo, name=names, address=names, running=small, waiting=small, max_model_len=small, kv_tokens=large
+)
 ingresses = st.builds(IngressInfo, name=names, http=names, pid=small)
 placements = st.builds(
     Placement,
@@ -76,6 +78,7 @@ members = st.builds(
     inner_host=st.none() | reports,
     problem=names,
     max_model_len=small,
+    kv_tokens=large,
 )
 statuses = st.builds(
     ClusterStatus,

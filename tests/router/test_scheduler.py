@@ -6,11 +6,15 @@ of request a with id 7; `a stop` is its end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import inf
+
 import pytest
 
 from experts.errors import ContextOverflow, InvalidInput, Overloaded
 from experts.placement import ExpertKey
-from router.engine.kv_cache import KVCache, KVLayout
+from router.engine.kv_cache import KVCache
+from router.engine.kv_layout import KVLayout
 from router.engine.request import Event, FinishEvent, Phase, Request, SamplingParams, TokenEvent
 from router.engine.scheduler import Scheduler, SchedulerConfig, Step
 
@@ -39,6 +43,8 @@ class Desk:
         num_global: int = 64,
         num_local: int = 0,
         chunk: int | None = None,
+        prefix_cache: bool = False,
+        stretch: float = inf,
     ) -> None:
         layout = KVLayout(
             block_size=block_size,
@@ -54,9 +60,10 @@ class Desk:
             max_waiting=waiting,
             max_waiting_tokens=waiting_tokens,
             max_model_len=model_len,
+            decode_stretch=stretch,
             eos_ids=frozenset({EOS}),
         )
-        self.scheduler = Scheduler(KVCache(layout), config)
+        self.scheduler = Scheduler(KVCache(layout, prefix_cache=prefix_cache), config)
         self.made: dict[str, Request] = {}
         self.now = 0.0
 
@@ -71,9 +78,13 @@ class Desk:
         min_tokens: int = 0,
         ignore_eos: bool = False,
         stop_token_ids: tuple[int, ...] = (),
+        priority: int = 0,
+        salt: str = "",
     ) -> list[str]:
         request = Request(
             request_id=name,
+            priority=priority,
+            cache_salt=salt,
             token_ids=[1] * num_prompt + list(emitted),
             num_prompt=num_prompt,
             sampling=SamplingParams(
@@ -115,6 +126,14 @@ class Desk:
         if not step.pieces:
             return "nothing"
         return " → ".join(filter(None, [line, ", ".join(self.update(step, tokens, lost))]))
+
+    def timed_step(self, seconds: Callable[[int, int], float]) -> str:
+        """A step that takes as long as `seconds` says of its decodes and of its tokens of prompts."""
+        step = self.schedule()
+        line = ", ".join(f"{piece.request.request_id} {piece.start}+{piece.count}" for piece in step.pieces)
+        self.now += seconds(step.num_decodes, step.num_tokens - step.num_decodes)
+        self.update(step)
+        return line
 
     def unpark(self) -> int:
         return self.scheduler.unpark(lambda missing: True)
@@ -279,6 +298,187 @@ def test_one_request_alone_always_fits() -> None:
         Desk(num_global=4, model_len=17)
     with pytest.raises(AssertionError, match="alone must fit"):
         Desk(num_global=4, num_local=1, chunk=8, model_len=5)
+
+
+# Priorities
+
+
+def test_waiting_requests_are_admitted_by_priority_then_arrival() -> None:
+    desk = Desk(running=2)
+    desk.submit("a", 2, max_tokens=1)
+    desk.submit("later", 2, priority=5, max_tokens=1)
+    desk.submit("b", 2, max_tokens=1)
+    desk.submit("urgent", 2, priority=-1, max_tokens=1)
+    assert desk.step() == "urgent 0+2, a 0+2 → urgent0=5, urgent length, a0=5, a length"
+    assert desk.step() == "b 0+2, later 0+2 → b0=5, b length, later0=5, later length"
+
+
+def test_the_less_urgent_never_overtake_one_that_waits_for_room() -> None:
+    desk = Desk(num_global=4, model_len=16)
+    desk.submit("a", 8, max_tokens=2, priority=3)
+    assert desk.step() == "a 0+8 → a0=5"
+    desk.submit("small", 1, max_tokens=1, priority=1)
+    desk.submit("big", 12, max_tokens=1)
+    assert desk.step() == "a 8+1 → a1=5, a length"
+    assert desk.step() == "big 0+12, small 0+1 → big0=5, big length, small0=5, small length"
+
+
+def test_the_least_urgent_is_preempted_however_early_it_came() -> None:
+    desk = Desk(num_global=6, model_len=24)
+    desk.submit("low", 7, priority=2)
+    desk.submit("high", 7)
+    desk.submit("mid", 7, priority=1)
+    assert desk.step() == "high 0+7, mid 0+7, low 0+2 → high0=5, mid0=5"
+    assert desk.step() == "high 7+1, mid 7+1, low 2+5 → high1=5, mid1=5, low0=5"
+    assert desk.step() == "high 8+1, mid 8+1 → high2=5, mid2=5"  # both from low
+    assert desk.counts() == (2, 1, 0) and desk.made["low"].global_blocks == []
+    desk.submit("new", 1, priority=1)
+    assert desk.step() == "high 9+1, mid 9+1 → high3=5, mid3=5"  # two running ones hold all blocks
+    desk.scheduler.cancel("high")
+    assert desk.step() == "mid 10+1, new 0+1, low 0+8 → mid4=5, new0=5, low1=5"  # low has its old place no more
+
+
+def test_a_less_urgent_stream_leaves_the_most_urgent_prompt_a_token_of_every_step() -> None:
+    desk = Desk(budget=1)
+    desk.submit("stream", 1, priority=1)
+    assert desk.step() == "stream 0+1 → stream0=5"
+    desk.submit("urgent", 3)
+    assert desk.step() == "stream 1+1 → stream1=5"  # not admitted yet: the step is full
+    desk.scheduler.cancel("stream")
+    desk.submit("stream", 2, priority=1)
+    assert desk.step() == "urgent 0+1"
+    assert desk.step() == "urgent 1+1"
+    assert desk.step() == "urgent 2+1 → urgent0=5"
+    desk = Desk(budget=2, running=3)
+    desk.submit("b", 1, priority=1)
+    desk.submit("c", 1, priority=1)
+    assert desk.step() == "b 0+1, c 0+1 → b0=5, c0=5"
+    desk.scheduler.cancel("c")
+    desk.submit("urgent", 3)
+    assert desk.step() == "b 1+1, urgent 0+1 → b1=5"
+    desk.submit("c", 1, priority=1)
+    assert desk.step() == "b 2+1, urgent 1+1 → b2=5"
+
+
+# Prefixes
+
+
+def test_what_another_request_has_computed_is_not_computed_again() -> None:
+    desk = Desk(prefix_cache=True, num_local=8, chunk=16)
+    desk.submit("a", 10, max_tokens=1)
+    desk.submit("b", 10, max_tokens=1)
+    assert desk.step() == "a 0+10, b 0+6 → a0=5, a length"  # at the same time nobody has anything yet
+    assert desk.step() == "b 6+4 → b0=5, b length"
+    desk.submit("c", 10, max_tokens=1)
+    desk.submit("d", 9, max_tokens=1)
+    desk.submit("e", 8, max_tokens=1)  # one token must be left: the first block alone
+    desk.submit("stranger", 9, max_tokens=1, salt="other")
+    assert desk.step().startswith("c 8+2, d 8+1, e 4+4, stranger 0+9 → ")
+    assert desk.everything_is_free
+
+
+def test_a_preempted_request_finds_its_own_tokens_again() -> None:
+    desk = Desk(num_global=4, model_len=16, prefix_cache=True)
+    desk.submit("a", 7)
+    desk.submit("b", 7, salt="b")
+    assert desk.step() == "a 0+7, b 0+7 → a0=5, b0=5"
+    assert desk.step({"b": 6}) == "a 7+1, b 7+1 → a1=5, b1=6"
+    assert desk.step() == "a 8+1 → a2=5"  # the last block of b went to a
+    assert desk.scheduler.cancel("a") != []
+    assert desk.step() == "b 4+5 → b2=5"
+    assert desk.made["b"].token_ids[7:] == [5, 6, 5]
+
+
+def test_a_resumed_request_finds_prompt_and_output() -> None:
+    desk = Desk(prefix_cache=True)
+    desk.submit("a", 5, max_tokens=8)
+    for _ in range(8):
+        desk.step()
+    desk.submit("b", 5, emitted=(5,) * 6, max_tokens=8)
+    assert desk.step() == "b 8+3 → b6=5"
+
+
+def test_lost_and_cancelled_pieces_are_found_by_nobody() -> None:
+    desk = Desk(prefix_cache=True, budget=64)
+    desk.submit("a", 9)
+    desk.submit("b", 9, salt="b")
+    step = desk.schedule()
+    desk.scheduler.cancel("b")
+    desk.update(step, lost="a")
+    desk.submit("c", 9)
+    desk.submit("d", 9, salt="b")
+    assert desk.step() == "c 0+9, d 0+9 → c0=5, d0=5"
+
+
+def test_a_hit_in_use_by_others_needs_no_room_of_its_own() -> None:
+    desk = Desk(prefix_cache=True, num_global=4, model_len=16)
+    desk.submit("a", 9)
+    assert desk.step() == "a 0+9 → a0=5"
+    desk.submit("b", 9)
+    assert desk.step() == "a 9+1, b 8+1 → a1=5, b0=5"  # one block was free, and one is all b takes
+    assert desk.made["a"].global_blocks[:2] == desk.made["b"].global_blocks[:2]
+    desk.scheduler.cancel("b")
+    desk.scheduler.cancel("a")
+    desk.submit("new", 8, salt="new", max_tokens=1)
+    assert desk.step() == "new 0+8 → new0=5, new length"
+    assert desk.step() == "nothing"
+    desk.submit("a again", 9)  # its two blocks are idle, and count once: as found, not as free
+    desk.submit("other", 8, salt="other")
+    assert desk.step() == "a again 8+1 → a again0=5"
+    assert desk.counts() == (1, 1, 0)
+
+
+def test_a_prefix_that_parked_requests_hold_survives_taking_their_blocks() -> None:
+    desk = Desk(prefix_cache=True, num_global=4, model_len=16)
+    desk.submit("a", 13)
+    assert desk.step() == "a 0+13 → a0=5"
+    assert desk.step(lost="a") == "a 13+1!"
+    desk.submit("b", 12)
+    assert desk.step() == "b 8+4 → b0=5"
+    assert desk.made["a"].global_blocks == []
+
+
+# Running streams and long prompts
+
+
+def machine_time(num_decodes: int, num_prompt_tokens: int) -> float:
+    """About what two cores take."""
+    return 0.030 * bool(num_decodes) + 0.003 * num_decodes + 0.0003 * num_prompt_tokens
+
+
+def long_prompt_beside_streams(stretch: float) -> tuple[float, float]:
+    """The longest step of 16 streams while a prompt of 16,384 tokens comes in, in steps without it; and that prompt's
+    time to its first token, in times without streams."""
+    desk = Desk(
+        budget=1024, running=32, waiting=32, waiting_tokens=20_000, model_len=20_000, num_global=10_000, stretch=stretch
+    )
+    for number in range(16):
+        desk.submit(f"s{number}", 4, max_tokens=10_000)
+    for _ in range(20):
+        desk.timed_step(machine_time)
+    alone = machine_time(16, 0)
+    begin = desk.now
+    desk.submit("long", 16_384)
+    longest = 0.0
+    while desk.made["long"].num_output == 0:
+        before = desk.now
+        assert desk.timed_step(machine_time).count("s") == 16, "a stream was left out"
+        longest = max(longest, desk.now - before)
+    return longest / alone, (desk.now - begin) / (16_384 * 0.0003)
+
+
+def test_a_long_prompt_does_not_stall_running_streams() -> None:
+    longest, prompt_time = long_prompt_beside_streams(stretch=2.0)
+    assert 1.8 < longest < 2.2
+    assert prompt_time < 2.3
+    longest, prompt_time = long_prompt_beside_streams(stretch=inf)
+    assert longest > 4.5 and prompt_time < 1.4
+
+
+def test_a_prompt_alone_fills_the_step() -> None:
+    desk = Desk(budget=1024, model_len=5000, num_global=2000, waiting_tokens=5000, stretch=2.0)
+    desk.submit("long", 4000)
+    assert [desk.timed_step(machine_time) for _ in range(2)] == ["long 0+1024", "long 1024+1024"]
 
 
 # Experts are away
