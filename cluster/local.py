@@ -111,9 +111,10 @@ def build_engine(
     )
     device = torch.device(settings.device)
     trunk = load_trunk(model.checkpoint, model.config, model.dtype, device)
-    attend = choose_attend(model.dtype, device, deterministic=settings.deterministic)
+    arithmetic = choose_products(model, settings)
+    attend = choose_attend(model.dtype, device, arithmetic)
     runner = ModelRunner(
-        Decoder(model.config, trunk, experts, choose_products(model, settings), attend, meter),
+        Decoder(model.config, trunk, experts, arithmetic, attend, meter),
         layout,
         eos_ids=sorted(model.eos_ids),
         images=_image_features(model, settings),

@@ -30,6 +30,10 @@ class Arithmetic(Protocol):
         """[R, H]: the first `counts[0]` rows through `experts[0]`, and so on. No count is 0."""
         ...
 
+    def norm(self, x_TH: torch.Tensor, eps: float, weight_H: torch.Tensor) -> torch.Tensor:
+        """The root-mean-square norm; see `rms_norm`."""
+        ...
+
     def by_rows(
         self, function: Callable[..., tuple[torch.Tensor, ...]], *rows: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
@@ -46,6 +50,9 @@ class PlainArithmetic:
     def ffn(self, rows_RH: torch.Tensor, counts: Sequence[int], experts: Sequence[ExpertWeights]) -> torch.Tensor:
         parts = torch.split(rows_RH, list(counts))
         return torch.cat([expert_ffn(weights, part) for weights, part in zip(experts, parts, strict=True)])
+
+    def norm(self, x_TH: torch.Tensor, eps: float, weight_H: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x_TH, eps, weight_H)
 
     def by_rows(
         self, function: Callable[..., tuple[torch.Tensor, ...]], *rows: torch.Tensor
@@ -76,6 +83,10 @@ class TiledArithmetic:
             [self._ffn_of_one(weights, part) for weights, part in zip(experts, parts, strict=True)],
         )
 
+    def norm(self, x_TH: torch.Tensor, eps: float, weight_H: torch.Tensor) -> torch.Tensor:
+        [y_TH] = self.by_rows(lambda x: (rms_norm(x, eps, weight_H),), x_TH)
+        return y_TH
+
     def _ffn_of_one(self, weights: ExpertWeights, x_TH: torch.Tensor) -> torch.Tensor:
         [y_TH] = self.by_rows(lambda x: (expert_ffn(weights, x),), x_TH)
         return y_TH
@@ -88,6 +99,14 @@ class TiledArithmetic:
             return function(*rows)
         tiles = [function(*(_tile(x, start, size) for x in rows)) for start in range(0, num_rows, size)]
         return tuple(torch.cat(parts)[:num_rows] for parts in zip(*tiles, strict=True))
+
+
+def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Over the last dimension: statistics in float32, the product with `weight` after the cast back, as the reference
+    does."""
+    x32 = x.float()
+    normed = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return normed if weight is None else normed * weight
 
 
 def _is_uneven(num_elements: int) -> bool:

@@ -14,6 +14,7 @@ import platform
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,9 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=gnu11", f
 TIMEOUT_S = 60.0
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"})
 """What our C files ask of a CPU."""
+
+POINTER, NUMBER, REAL, THREADS = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+"""What the functions of our C files take."""
 
 
 def load(source: Path, *, cache_dir: Path | None = None, compiler: str = "cc") -> ctypes.CDLL | None:
@@ -39,6 +43,12 @@ def load(source: Path, *, cache_dir: Path | None = None, compiler: str = "cc") -
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("%s is not used, torch computes instead: %s", source.name, _reason(error))
         return None
+
+
+def declare(library: ctypes.CDLL, function: str, arguments: list[Any]) -> None:
+    """Say what `function` takes; it gives nothing back."""
+    getattr(library, function).argtypes = arguments
+    getattr(library, function).restype = None
 
 
 def cpu_flags() -> frozenset[str]:

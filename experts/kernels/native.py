@@ -14,12 +14,13 @@ import torch
 
 from experts.arithmetic import Arithmetic, PlainArithmetic, TiledArithmetic
 from experts.ffn import ExpertWeights
-from experts.kernels.compiler import load
+from experts.kernels.compiler import NUMBER, POINTER, REAL, THREADS, declare, load
 
 MAX_ROWS = 256
 """Torch's product is as fast from about here on."""
 MAX_ROWS_PER_EXPERT = 512
 STRIP, STEP = 16, 32
+HERE = Path(__file__).parent
 
 
 def choose_arithmetic(
@@ -31,15 +32,18 @@ def choose_arithmetic(
     """
     if deterministic:
         return TiledArithmetic(widths)
-    library = _library() if dtype is torch.bfloat16 and device.type == "cpu" else None
-    return PlainArithmetic() if library is None else NativeArithmetic(library)
+    if dtype is not torch.bfloat16 or device.type != "cpu":
+        return PlainArithmetic()
+    products, norms = _products(), _norms()
+    return PlainArithmetic() if products is None or norms is None else NativeArithmetic(products, norms)
 
 
 class NativeArithmetic:
     """Reads a weight matrix about twice as fast as torch where rows are few."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+    def __init__(self, products: ctypes.CDLL, norms: ctypes.CDLL) -> None:
+        self._products = products
+        self._norms = norms
         self._plain = PlainArithmetic()
 
     def linear(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
@@ -48,7 +52,7 @@ class NativeArithmetic:
             return self._plain.linear(x_TK, weight_NK)
         x_TK = x_TK.contiguous()
         y_TN = x_TK.new_empty((num_rows, num_out))
-        self._library.herd_linear(
+        self._products.herd_linear(
             x_TK.data_ptr(),
             weight_NK.data_ptr(),
             y_TN.data_ptr(),
@@ -68,7 +72,7 @@ class NativeArithmetic:
         rows_RH = rows_RH.contiguous()
         y_RH = torch.empty_like(rows_RH)
         num = len(experts)
-        self._library.herd_ffn(
+        self._products.herd_ffn(
             rows_RH.data_ptr(),
             y_RH.data_ptr(),
             (ctypes.c_long * num)(*counts),
@@ -81,6 +85,17 @@ class NativeArithmetic:
         )
         return y_RH
 
+    def norm(self, x_TH: torch.Tensor, eps: float, weight_H: torch.Tensor) -> torch.Tensor:
+        if x_TH.shape[1] % 16:
+            return self._plain.norm(x_TH, eps, weight_H)
+        x_TH = x_TH.contiguous()
+        y_TH = torch.empty_like(x_TH)
+        num_rows, hidden = x_TH.shape
+        self._norms.herd_norm(
+            x_TH.data_ptr(), weight_H.data_ptr(), y_TH.data_ptr(), num_rows, hidden, eps, torch.get_num_threads()
+        )
+        return y_TH
+
     def by_rows(
         self, function: Callable[..., tuple[torch.Tensor, ...]], *rows: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
@@ -88,14 +103,19 @@ class NativeArithmetic:
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where the CPU or the compiler lacks something."""
-    library = load(Path(__file__).with_name("few_rows.c"))
+def _products() -> ctypes.CDLL | None:
+    """The compiled products; None where the CPU or the compiler lacks something."""
+    library = load(HERE / "few_rows.c")
     if library is None or not library.herd_prepare():
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_long
-    library.herd_linear.argtypes = [pointer, pointer, pointer, number, number, number, ctypes.c_int]
-    library.herd_linear.restype = None
-    library.herd_ffn.argtypes = [pointer, pointer, pointer, pointer, pointer, number, number, number, ctypes.c_int]
-    library.herd_ffn.restype = None
+    declare(library, "herd_linear", [POINTER, POINTER, POINTER, NUMBER, NUMBER, NUMBER, THREADS])
+    declare(library, "herd_ffn", [POINTER, POINTER, POINTER, POINTER, POINTER, NUMBER, NUMBER, NUMBER, THREADS])
+    return library
+
+
+@cache
+def _norms() -> ctypes.CDLL | None:
+    library = load(HERE / "norm.c")
+    if library is not None:
+        declare(library, "herd_norm", [POINTER, POINTER, POINTER, NUMBER, NUMBER, REAL, THREADS])
     return library

@@ -10,17 +10,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from experts.arithmetic import Arithmetic, rms_norm
 from router.model.kv_store import gather
+from router.model.rope import rotate
 from router.model.spans import Runs, Span, clip_runs, num_slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What a layer does to its heads after their projection: complex64 `rotation` [T, 1, D/2] and then the norm, or the
+    float32 `temperature` [T, 1, 1] of queries, or nothing."""
+
+    rotation: torch.Tensor | None = None
+    norm_eps: float | None = None
+    temperature: torch.Tensor | None = None
 
 
 class Attend(Protocol):
     """Causal attention of every span over its own runs of the store."""
+
+    def place(
+        self,
+        heads_TPD: torch.Tensor,
+        num_queries: int,
+        turn: Turn,
+        keys_SGD: torch.Tensor,
+        values_SGD: torch.Tensor,
+        slots_T: torch.Tensor,
+    ) -> torch.Tensor:
+        """Turn the heads (queries, keys, values), write keys and values to their slots; queries [T, N, D] are left.
+        May overwrite `heads_TPD`."""
+        ...
 
     def __call__(
         self,
@@ -34,7 +60,41 @@ class Attend(Protocol):
         ...
 
 
-class PlainAttend:
+def turn_heads(
+    heads_TPD: torch.Tensor, num_queries: int, num_keys: int, turn: Turn
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [T, N, D], keys and values [T, G, D], as they are attended to and stored."""
+    num_keyed = num_queries + num_keys
+    keyed, value_TGD = heads_TPD[:, :num_keyed], heads_TPD[:, num_keyed:]
+    if turn.rotation is not None:
+        # Queries and keys alike, in one go.
+        keyed = rotate(keyed, turn.rotation)
+        keyed = keyed if turn.norm_eps is None else rms_norm(keyed, turn.norm_eps)
+    query_TND, key_TGD = keyed[:, :num_queries], keyed[:, num_queries:]
+    if turn.temperature is not None:
+        query_TND = (query_TND * turn.temperature).to(query_TND.dtype)
+    return query_TND, key_TGD, value_TGD
+
+
+class TorchPlace:
+    """`place` by torch."""
+
+    def place(
+        self,
+        heads_TPD: torch.Tensor,
+        num_queries: int,
+        turn: Turn,
+        keys_SGD: torch.Tensor,
+        values_SGD: torch.Tensor,
+        slots_T: torch.Tensor,
+    ) -> torch.Tensor:
+        query_TND, key_TGD, value_TGD = turn_heads(heads_TPD, num_queries, keys_SGD.shape[1], turn)
+        keys_SGD.index_copy_(0, slots_T, key_TGD)
+        values_SGD.index_copy_(0, slots_T, value_TGD)
+        return query_TND
+
+
+class PlainAttend(TorchPlace):
     """Gathers each span's keys and values and leaves the rest to torch."""
 
     def __call__(
@@ -70,7 +130,7 @@ def _causal(query_nND: torch.Tensor, key_mGD: torch.Tensor, value_mGD: torch.Ten
     return mixed.squeeze(0).transpose(0, 1)
 
 
-class FlashAttend:
+class FlashAttend(TorchPlace):
     """Torch's fused attention for CPUs over views of the store, run by run, joined by their log-sum-exps.
 
     Nothing is copied, and no mask is made: what a span sees is all of the past and the causal part of itself.
@@ -156,8 +216,35 @@ class TiledAttend:
     """Tiles of queries and blocks of keys whose places in the sequence are fixed, and one order of blocks.
 
     A row of a tile is the same bits whatever the other rows hold, and a block that a query does not see changes
-    nothing of its sums. Needs one thread.
+    nothing of its sums. Needs one thread, and tiled arithmetic.
     """
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self._arithmetic = arithmetic
+
+    def place(
+        self,
+        heads_TPD: torch.Tensor,
+        num_queries: int,
+        turn: Turn,
+        keys_SGD: torch.Tensor,
+        values_SGD: torch.Tensor,
+        slots_T: torch.Tensor,
+    ) -> torch.Tensor:
+        turned = [turn.rotation is not None, turn.temperature is not None]
+        rows = [part for part in (turn.rotation, turn.temperature) if part is not None]
+
+        def tile(heads: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            left = list(parts)
+            rotation, temperature = (left.pop(0) if there else None for there in turned)
+            one = replace(turn, rotation=rotation, temperature=temperature)
+            return turn_heads(heads, num_queries, num_keys, one)
+
+        num_keys = keys_SGD.shape[1]
+        query_TND, key_TGD, value_TGD = self._arithmetic.by_rows(tile, heads_TPD, *rows)
+        keys_SGD.index_copy_(0, slots_T, key_TGD)
+        values_SGD.index_copy_(0, slots_T, value_TGD)
+        return query_TND
 
     def __call__(
         self,

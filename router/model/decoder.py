@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,10 +19,9 @@ from experts.arithmetic import Arithmetic, PlainArithmetic
 from experts.config import ModelConfig
 from experts.placement import ExpertKey
 from router.gate import gate
-from router.model.attend import Attend, PlainAttend
+from router.model.attend import Attend, PlainAttend, Turn
 from router.model.attention import attention
 from router.model.kv_store import KVStore
-from router.model.norms import rms_norm
 from router.model.rope import inverse_frequencies, rotations, temperatures
 from router.model.spans import Span, close_up
 from router.model.weights import LayerWeights, TrunkWeights
@@ -139,12 +137,11 @@ class Decoder:
                 break
             with self.meter.time("attention"):
                 rows.x_TH = rows.x_TH + self._attention(layer, weights, rows, store)
+            normed_TH = self._arithmetic.norm(rows.x_TH, self.config.norm_eps, weights.ffn_norm_H)
             if weights.gate_EH is None:
-                [normed_TH] = self._arithmetic.by_rows(partial(self._normed, weights=weights), rows.x_TH)
                 rows.x_TH = rows.x_TH + self._ffn(weights, normed_TH)
                 continue
-            normed_TH, expert_TK, score_TK = self._arithmetic.by_rows(partial(self._routed, weights=weights), rows.x_TH)
-            pending = self.experts.dispatch(layer, normed_TH, Routing(expert_TK=expert_TK, score_TK=score_TK))
+            pending = self.experts.dispatch(layer, normed_TH, self._gate(normed_TH, weights.gate_EH))
             # The shared expert is computed while the rows travel.
             shared_TH = self._ffn(weights, normed_TH)
             combined = yield pending
@@ -156,15 +153,13 @@ class Decoder:
     def _turns(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rotations(positions_T, self._inverse_frequency), temperatures(positions_T, self.config)
 
-    def _normed(self, x_TH: torch.Tensor, *, weights: LayerWeights) -> tuple[torch.Tensor]:
-        return (rms_norm(x_TH, self.config.norm_eps, weights.ffn_norm_H),)
+    def _gate(self, x_TH: torch.Tensor, gate_EH: torch.Tensor) -> Routing:
+        def choose(logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            routing = gate(logits_TE, self.config.experts_per_token)
+            return routing.expert_TK, routing.score_TK
 
-    def _routed(self, x_TH: torch.Tensor, *, weights: LayerWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normalised rows, and the gate's choice for them."""
-        assert weights.gate_EH is not None
-        normed_TH = rms_norm(x_TH, self.config.norm_eps, weights.ffn_norm_H)
-        routing = gate(self._arithmetic.linear(normed_TH, weights.gate_EH), self.config.experts_per_token)
-        return normed_TH, routing.expert_TK, routing.score_TK
+        expert_TK, score_TK = self._arithmetic.by_rows(choose, self._arithmetic.linear(x_TH, gate_EH))
+        return Routing(expert_TK=expert_TK, score_TK=score_TK)
 
     def _ffn(self, weights: LayerWeights, x_TH: torch.Tensor) -> torch.Tensor:
         with self.meter.time("shared"):
@@ -186,28 +181,30 @@ class Decoder:
             self.config,
             batch.spans,
             batch.local_slots_T if self.config.chunked_layers[layer] else batch.global_slots_T,
-            rows.rotation,
-            rows.temperature,
+            self._turn(layer, rows),
             store,
             self._arithmetic,
             self._attend,
         )
+
+    def _turn(self, layer: int, rows: _Rows) -> Turn:
+        config = self.config
+        if config.rope_layers[layer]:
+            return Turn(rotation=rows.rotation, norm_eps=config.norm_eps if config.use_qk_norm else None)
+        return Turn(temperature=rows.temperature if config.attn_temperature_tuning else None)
 
     def _head(self, rows: _Rows) -> StepOutput:
         wanted = [index for index, span in enumerate(rows.live) if span in rows.batch.samples]
         last = [rows.batch.spans[index].row + rows.batch.spans[index].count - 1 for index in wanted]
         logits_SV = self.weights.head_VH.new_empty((0, self.config.vocab_size))
         if last:
-            [logits_SV] = self._arithmetic.by_rows(self._logits, rows.x_TH[last])
+            x_SH = self._arithmetic.norm(rows.x_TH[last], self.config.norm_eps, self.weights.norm_H)
+            logits_SV = self._arithmetic.linear(x_SH, self.weights.head_VH)
         return StepOutput(
             logits_SV=logits_SV,
             samples=tuple(rows.live[index] for index in wanted),
             lost=rows.lost,
         )
-
-    def _logits(self, x_SH: torch.Tensor) -> tuple[torch.Tensor]:
-        normed_SH = rms_norm(x_SH, self.config.norm_eps, self.weights.norm_H)
-        return (self._arithmetic.linear(normed_SH, self.weights.head_VH),)
 
 
 def _drop_lost(rows: _Rows, combined: Combined) -> None:

@@ -1,6 +1,6 @@
 """Keys and values of every layer. Which slots belong to which request is decided elsewhere.
 
-Shape letters: T packed tokens, S slots, m visible keys, G key/value heads, D head dimension.
+Shape letters: S slots, m visible keys, G key/value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -29,12 +29,6 @@ class KVStore:
             shape = (num_local_slots if chunked else num_global_slots, config.num_kv_heads, config.head_dim)
             keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
             self._layers.append((keys, values))
-
-    def write(self, layer: int, slots_T: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor) -> None:
-        """Store keys and values of T tokens in their slots."""
-        keys, values = self._layers[layer]
-        keys.index_copy_(0, slots_T, key_TGD)
-        values.index_copy_(0, slots_T, value_TGD)
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [S, G, D] of all slots."""
