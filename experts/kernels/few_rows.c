@@ -59,16 +59,25 @@ static void pack_group(const Input *in, long group, char *tiles) {
     }
 }
 
+// The same columns, two lines wide, of the strips that come next: by then they have left memory.
+static void ask_for(const bf16 *w0, const bf16 *w1, long lead, long K, long column) {
+    for (int r = 0; r < SIDE; r++) {
+        const bf16 *next0 = w0 + (lead + r) * K + column, *next1 = w1 + (lead + r) * K + column;
+        _mm_prefetch((const char *)next0, _MM_HINT_T1);
+        _mm_prefetch((const char *)(next0 + STEP), _MM_HINT_T1);
+        _mm_prefetch((const char *)next1, _MM_HINT_T1);
+        _mm_prefetch((const char *)(next1 + STEP), _MM_HINT_T1);
+    }
+}
+
 // Sums of strips w0 and w1 with groups `group` and, if there is a second, the next: sums[strip + 2 * group].
-static void block(const Input *in, long group, int second, const bf16 *w0, const bf16 *w1, Sums *sums) {
+// The strips that come next are `lead` rows further.
+static void block(const Input *in, long group, int second, const bf16 *w0, const bf16 *w1, long lead, Sums *sums) {
     long steps = in->K / STEP, stride = in->K * sizeof(bf16);
     const char *x0 = in->tiles + group * steps * TILE, *x1 = x0 + steps * TILE;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (long k = 0; k < steps; k++) {
-        for (int r = 0; r < SIDE; r++) {
-            _mm_prefetch((const char *)(w0 + r * in->K + k * STEP) + AHEAD, _MM_HINT_T1);
-            _mm_prefetch((const char *)(w1 + r * in->K + k * STEP) + AHEAD, _MM_HINT_T1);
-        }
+        if (k % 2 == 0) ask_for(w0, w1, lead, in->K, k * STEP);
         _tile_loadd(4, w0 + k * STEP, stride);
         _tile_loadd(5, w1 + k * STEP, stride);
         _tile_loadd(6, x0 + k * TILE, 64);
@@ -120,7 +129,8 @@ static void strip(const bf16 *x, long M, const bf16 *w, long K, Sums sums) {
         }
 }
 
-static void block(const Input *in, long group, int second, const bf16 *w0, const bf16 *w1, Sums *sums) {
+static void block(const Input *in, long group, int second, const bf16 *w0, const bf16 *w1, long lead, Sums *sums) {
+    (void)lead;
     for (int g = 0; g <= second; g++) {
         long first = (group + g) * SIDE, M = in->M - first < SIDE ? in->M - first : SIDE;
         strip(in->rows + first * in->K, M, w0, in->K, sums[2 * g]);
@@ -168,7 +178,7 @@ static void strips(const Input *in, const bf16 *w, bf16 *y, long N, long from, l
         const bf16 *w0 = w + n * in->K, *w1 = both ? w0 + SIDE * in->K : w0;
         for (long group = 0; group < groups_of(in->M); group += 2) {
             int second = group + 1 < groups_of(in->M);
-            block(in, group, second, w0, w1, sums);
+            block(in, group, second, w0, w1, 2 * SIDE, sums);
             for (long m = group * SIDE; m < in->M && m < (group + 2) * SIDE; m++) {
                 int at = m / SIDE == group ? 0 : 2;
                 store(y + m * N + n, column(sums[at], m % SIDE));
@@ -183,7 +193,7 @@ static void gated_strips(const Input *in, const bf16 *w, bf16 *h, long F, long f
     Sums sums[4];
     for (long f = from * SIDE; f < to * SIDE; f += SIDE)
         for (long group = 0; group < groups_of(in->M); group += 2) {
-            block(in, group, group + 1 < groups_of(in->M), w + f * in->K, w + (F + f) * in->K, sums);
+            block(in, group, group + 1 < groups_of(in->M), w + f * in->K, w + (F + f) * in->K, SIDE, sums);
             for (long m = group * SIDE; m < in->M && m < (group + 2) * SIDE; m++) {
                 int at = m / SIDE == group ? 0 : 2;
                 store(h + m * F + f, swiglu(column(sums[at], m % SIDE), column(sums[at + 1], m % SIDE)));
