@@ -16,7 +16,7 @@
 enum {
     SIDE = 16,          // a strip of the matrix and a group of rows: one tile has SIDE x SIDE sums
     STEP = 32,          // inputs that one tile takes in
-    AHEAD = 512,       // bytes of each matrix row that are asked for before they are needed
+    AHEAD = 512,        // bytes of a matrix row that are asked for before they are needed, without AMX
     TILE = 1024,        // bytes
 };
 
