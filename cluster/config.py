@@ -187,14 +187,6 @@ def _number(field: str, value: object) -> float:
         raise InvalidInput(field, value, "must be a number") from None
 
 
-def _switch(field: str, value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    raise InvalidInput(field, value, "must be true or false")
-
-
 def _text(field: str, value: object) -> str:
     if not isinstance(value, str):
         raise InvalidInput(field, value, "must be a text")
@@ -218,7 +210,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "deterministic": _flag,
     "model_dir": _folder,
     "kv_memory": parse_size,
-    "prefix_cache": _switch,
+    "prefix_cache": _flag,
     "request_timeout_s": _number,
 }
 

@@ -7,20 +7,20 @@ from random import Random
 
 import pytest
 
-from router.engine.pace import LEAST_PROMPT_TOKENS, NUM_REMEMBERED, STALE_AFTER, Pace
+from router.engine.pace import LEAST_PROMPT_TOKENS, NUM_STREAM_STEPS, STALE_AFTER, Pace
 
 
 def learnt(stretch: float = 2.0, streams_s: float = 0.08, token_s: float = 0.0004) -> Pace:
     pace = Pace(stretch)
-    for _ in range(NUM_REMEMBERED):
+    for _ in range(NUM_STREAM_STEPS):
         pace.learn(16, 0, streams_s)
-        pace.learn(16, 100, streams_s + 100 * token_s)
+        pace.learn(16, 200, streams_s + 200 * token_s)
     return pace
 
 
 @pytest.mark.parametrize(("stretch", "tokens"), [(2.0, 200), (1.5, 100), (3.0, 400), (1.0, LEAST_PROMPT_TOKENS)])
 def test_prompts_get_what_stretches_the_step(stretch: float, tokens: int) -> None:
-    assert learnt(stretch).prompt_tokens(may_pause=True) == pytest.approx(tokens)
+    assert learnt(stretch).prompt_tokens(may_pause=True) == pytest.approx(tokens, abs=1)
 
 
 def test_no_limit_is_asked_for_with_infinity() -> None:
@@ -34,17 +34,32 @@ def test_at_first_streams_run_alone_once_and_then_prompts_begin_small() -> None:
     assert pace.prompt_tokens(may_pause=False) == LEAST_PROMPT_TOKENS  # the most urgent one does not pause
     pace.learn(3, 0, 0.05)
     assert pace.prompt_tokens(may_pause=True) == LEAST_PROMPT_TOKENS
-    pace.learn(3, 40, 0.05 + 40 * 0.001)
-    assert pace.prompt_tokens(may_pause=True) == pytest.approx(50)
+    pace.learn(3, 64, 0.05 + 64 * 0.0005)
+    assert pace.prompt_tokens(may_pause=True) == pytest.approx(100, abs=1)
 
 
-def test_prompts_alone_are_a_first_guess() -> None:
+def test_steps_without_streams_say_nothing() -> None:
+    pace = learnt()
+    for _ in range(NUM_STREAM_STEPS):
+        pace.learn(0, 1000, 9.0)
+    assert pace.prompt_tokens(may_pause=True) == pytest.approx(200, abs=1)
+
+
+def test_prompts_double_at_most_from_step_to_step() -> None:
     pace = Pace(2.0)
-    pace.learn(0, 1000, 0.5)
-    pace.learn(3, 0, 0.05)
-    assert pace.prompt_tokens(may_pause=True) == pytest.approx(100)
-    pace.learn(3, 100, 0.05 + 100 * 0.001)  # beside streams they cost twice as much
-    assert pace.prompt_tokens(may_pause=True) == pytest.approx(50)
+    pace.learn(16, 0, 0.08)
+    taken = []
+    for _ in range(6):
+        taken.append(pace.prompt_tokens(may_pause=True))
+        pace.learn(16, int(taken[-1]), 0.08 + taken[-1] * 0.0002)
+    assert taken == pytest.approx([64, 128, 256, 400, 400, 400], abs=1)
+
+
+def test_streams_that_turn_out_faster_are_believed() -> None:
+    pace = learnt(streams_s=0.8, token_s=0.0004)
+    for _ in range(2 * NUM_STREAM_STEPS):
+        pace.learn(16, 100, 0.08 + 100 * 0.0004)
+    assert pace.prompt_tokens(may_pause=True) <= 200
 
 
 def test_a_slow_first_step_and_single_hiccups_are_forgotten_at_once() -> None:
@@ -56,17 +71,17 @@ def test_a_slow_first_step_and_single_hiccups_are_forgotten_at_once() -> None:
     pace.learn(16, 100, 0.08 + 0.04)
     pace.learn(16, 0, 3.0)
     pace.learn(16, 0, 0.08)
-    assert pace.prompt_tokens(may_pause=True) == pytest.approx(200)
+    assert pace.prompt_tokens(may_pause=True) == pytest.approx(200, abs=1)
 
 
 def test_it_follows_a_prompt_that_gets_deep_and_streams_that_leave() -> None:
     pace = learnt()
-    for _ in range(NUM_REMEMBERED):
+    for _ in range(NUM_STREAM_STEPS):
         pace.learn(16, 100, 0.08 + 100 * 0.0008)
-    assert pace.prompt_tokens(may_pause=True) == pytest.approx(100)
-    for _ in range(NUM_REMEMBERED):
-        pace.learn(4, 0, 0.04)
-    assert pace.prompt_tokens(may_pause=True) == pytest.approx(50)
+    assert pace.prompt_tokens(may_pause=True) == pytest.approx(100, abs=1)
+    for _ in range(NUM_STREAM_STEPS):
+        pace.learn(4, 0, 0.06)
+    assert pace.prompt_tokens(may_pause=True) == pytest.approx(75, abs=1)
 
 
 def test_after_many_steps_with_prompts_streams_run_alone_once() -> None:
@@ -74,22 +89,21 @@ def test_after_many_steps_with_prompts_streams_run_alone_once() -> None:
     for _ in range(STALE_AFTER - 1):
         pace.learn(16, 100, 0.12)
     assert pace.prompt_tokens(may_pause=True) == 0
-    assert pace.prompt_tokens(may_pause=False) == pytest.approx(200)
+    assert pace.prompt_tokens(may_pause=False) == pytest.approx(200, abs=1)
     pace.learn(16, 0, 0.08)
-    assert pace.prompt_tokens(may_pause=True) == pytest.approx(200)
+    assert pace.prompt_tokens(may_pause=True) == pytest.approx(200, abs=1)
 
 
 def test_tiny_pieces_teach_nothing() -> None:
     pace = learnt()
-    for _ in range(NUM_REMEMBERED):
+    for _ in range(NUM_STREAM_STEPS):
         pace.learn(16, 1, 0.5)
         pace.learn(0, 1, 0.5)
-    assert pace.prompt_tokens(may_pause=True) == pytest.approx(200)
+    assert pace.prompt_tokens(may_pause=True) == pytest.approx(200, abs=1)
 
 
-def test_prompts_that_cost_nothing_fill_the_step() -> None:
-    assert learnt(token_s=0.0).prompt_tokens(may_pause=True) == inf
-    assert learnt(token_s=-0.0001).prompt_tokens(may_pause=True) == inf  # noise larger than the cost
+def test_prompts_that_cost_nothing_grow_until_they_do() -> None:
+    assert learnt(token_s=0.0).prompt_tokens(may_pause=True) == 400
     assert learnt(streams_s=0.0).prompt_tokens(may_pause=True) == LEAST_PROMPT_TOKENS
 
 
@@ -103,7 +117,6 @@ def test_it_settles_where_steps_are_stretched_as_asked(fixed_s: float, seed: int
     def noise() -> float:
         return random.uniform(0.95, 1.05)
 
-    pace.learn(0, 1024, 1024 * 0.0003 + fixed_s)
     for _ in range(10):
         pace.learn(16, 0, 0.08 * noise())
     took = []
