@@ -10,40 +10,97 @@
 
 #include "vector.h"
 
-enum { BLOCK = 16, MAX_R = 16, MAX_D = 256 };
+enum { BLOCK = 16, MAX_R = 16, MAX_D = 256, AT_ONCE = 4 };
 
 typedef struct {
     float largest, total;
     float mixed[MAX_D];
 } Head;
 
-static float dot(const bf16 *a, const bf16 *b, long D) {
-    __m512 sum = _mm512_setzero_ps();
-    for (long d = 0; d < D; d += 32)
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + d), (__m512bh)_mm512_loadu_si512(b + d));
-    return _mm512_reduce_add_ps(sum);
+// Vector of the sums of 16 vectors.
+static __m512 sums(const __m512 *v) {
+    __m512 pairs[8], fours[4];
+    for (int i = 0; i < 8; i++)
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    __m512 left = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
+    __m512 right = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xdd));
 }
 
-// Take in `count` <= BLOCK keys: rescale what there is to the new largest score, add the rest.
-static void take(Head *head, const bf16 *query, const bf16 *keys, const bf16 *values, long count, long stride, long D, float scale) {
-    float score[BLOCK];
-    float largest = head->largest;
-    for (long j = 0; j < BLOCK; j++) score[j] = -INFINITY;
-    for (long j = 0; j < count; j++) {
-        score[j] = dot(query, keys + j * stride, D) * scale;
-        if (score[j] > largest) largest = score[j];
+// Products of one query with `count` <= BLOCK keys.
+static __m512 scores(const bf16 *query, const bf16 *keys, long count, long stride, long D) {
+    __m512 sum[BLOCK];
+    for (int j = 0; j < BLOCK; j++) sum[j] = _mm512_setzero_ps();
+    for (long d = 0; d < D; d += 32) {
+        __m512bh q = (__m512bh)_mm512_loadu_si512(query + d);
+        if (count == BLOCK)
+            for (int j = 0; j < BLOCK; j++) sum[j] = _mm512_dpbf16_ps(sum[j], q, (__m512bh)_mm512_loadu_si512(keys + j * stride + d));
+        else
+            for (int j = 0; j < count; j++) sum[j] = _mm512_dpbf16_ps(sum[j], q, (__m512bh)_mm512_loadu_si512(keys + j * stride + d));
     }
-    __m512 shares = exp512(_mm512_sub_ps(_mm512_loadu_ps(score), _mm512_set1_ps(largest)));
-    shares = _mm512_maskz_mov_ps((__mmask16)((1u << count) - 1), shares);
-    float keep = head->total > 0 ? expf(head->largest - largest) : 0.0f;
+    return sums(sum);
+}
+
+// Shares of the keys by their scores; what there was before is to be multiplied by `keep`.
+static void weigh(Head *head, __m512 score, long count, float *shares, float *keep) {
+    __mmask16 there = (__mmask16)((1u << count) - 1);
+    float largest = fmaxf(head->largest, _mm512_mask_reduce_max_ps(there, score));
+    __m512 share = _mm512_maskz_mov_ps(there, exp512(_mm512_sub_ps(score, _mm512_set1_ps(largest))));
+    *keep = head->total > 0 ? expf(head->largest - largest) : 0.0f;
     head->largest = largest;
-    head->total = head->total * keep + _mm512_reduce_add_ps(shares);
-    _mm512_storeu_ps(score, shares);
-    for (long d = 0; d < D; d += 16) {
-        __m512 mixed = _mm512_mul_ps(_mm512_loadu_ps(head->mixed + d), _mm512_set1_ps(keep));
-        for (long j = 0; j < count; j++)
-            mixed = _mm512_fmadd_ps(_mm512_set1_ps(score[j]), load(values + j * stride + d), mixed);
-        _mm512_storeu_ps(head->mixed + d, mixed);
+    head->total = head->total * *keep + _mm512_reduce_add_ps(share);
+    _mm512_storeu_ps(shares, share);
+}
+
+// Add the values, by their shares, to the mixtures of `num` heads.
+static inline __attribute__((always_inline)) void mix(Head *heads, const float (*shares)[BLOCK], const float *keep,
+                                                      const bf16 *values, long count, long stride, long D, const int num) {
+    for (long d = 0; d < D; d += 32) {
+        __m512 low[num], high[num];
+        for (int r = 0; r < num; r++) {
+            low[r] = _mm512_mul_ps(_mm512_loadu_ps(heads[r].mixed + d), _mm512_set1_ps(keep[r]));
+            high[r] = _mm512_mul_ps(_mm512_loadu_ps(heads[r].mixed + d + 16), _mm512_set1_ps(keep[r]));
+        }
+        for (long j = 0; j < count; j++) {
+            __m512 a = load(values + j * stride + d), b = load(values + j * stride + d + 16);
+            for (int r = 0; r < num; r++) {
+                low[r] = _mm512_fmadd_ps(_mm512_set1_ps(shares[r][j]), a, low[r]);
+                high[r] = _mm512_fmadd_ps(_mm512_set1_ps(shares[r][j]), b, high[r]);
+            }
+        }
+        for (int r = 0; r < num; r++) {
+            _mm512_storeu_ps(heads[r].mixed + d, low[r]);
+            _mm512_storeu_ps(heads[r].mixed + d + 16, high[r]);
+        }
+    }
+}
+
+// Take in `count` <= BLOCK keys and values for all R heads.
+static void take(Head *heads, const bf16 *queries, long R, const bf16 *keys, const bf16 *values, long count, long stride, long D,
+                 float scale) {
+    for (long j = 0; j < count; j++)  // What comes next is on its way while this is computed.
+        for (long d = 0; d < D; d += 32) {
+            _mm_prefetch((const char *)(keys + (BLOCK + j) * stride + d), _MM_HINT_T0);
+            _mm_prefetch((const char *)(values + (BLOCK + j) * stride + d), _MM_HINT_T0);
+        }
+    float shares[AT_ONCE][BLOCK], keep[AT_ONCE];
+    for (long first = 0; first < R; first += AT_ONCE) {
+        int num = R - first < AT_ONCE ? R - first : AT_ONCE;
+        for (int r = 0; r < num; r++) {
+            __m512 score = _mm512_mul_ps(scores(queries + (first + r) * D, keys, count, stride, D), _mm512_set1_ps(scale));
+            weigh(&heads[first + r], score, count, shares[r], &keep[r]);
+        }
+        Head *these = heads + first;
+        switch (num) {
+            case 1: mix(these, shares, keep, values, count, stride, D, 1); break;
+            case 2: mix(these, shares, keep, values, count, stride, D, 2); break;
+            case 3: mix(these, shares, keep, values, count, stride, D, 3); break;
+            default: mix(these, shares, keep, values, count, stride, D, 4);
+        }
     }
 }
 
@@ -67,7 +124,7 @@ void herd_decode(const bf16 *query, long query_stride, bf16 *out, const bf16 *ke
             for (long j = 0; j < lengths[run]; j += BLOCK) {
                 long count = lengths[run] - j < BLOCK ? lengths[run] - j : BLOCK;
                 long at = (starts[run] + j) * stride + g * D;
-                for (long r = 0; r < R; r++) take(&heads[r], asks + r * D, keys + at, values + at, count, stride, D, scale);
+                take(heads, asks, R, keys + at, values + at, count, stride, D, scale);
             }
         bf16 *to = out + (b * N + g * R) * D;
         for (long r = 0; r < R; r++)
