@@ -18,6 +18,7 @@ enum {
     STEP = 32,          // inputs that one tile takes in
     AHEAD = 512,        // bytes of a matrix row that are asked for before they are needed, without AMX
     TILE = 1024,        // bytes
+    WORTH_A_THREAD = 1 << 17,  // elements of a matrix; threads meet too slowly for less
 };
 
 typedef struct {
@@ -201,27 +202,22 @@ static void gated_strips(const Input *in, const bf16 *w, bf16 *h, long F, long f
         }
 }
 
-// This thread's share of the tiles of all inputs; every thread passes here before any goes on.
-static void pack_share(const Input *inputs, long num, int thread, int threads) {
-    long total = 0, at = 0;
-    for (long i = 0; i < num; i++) total += groups_of(inputs[i].M);
-    long from = share(total, thread, threads), to = share(total, thread + 1, threads);
-    for (long i = 0; i < num; at += groups_of(inputs[i].M), i++)
-        for (long g = 0; g < groups_of(inputs[i].M); g++)
-            if (at + g >= from && at + g < to)
-                pack_group(&inputs[i], g, (char *)inputs[i].tiles + g * (inputs[i].K / STEP) * TILE);
-#pragma omp barrier
+// The rows as a thread needs them, in memory of its own: packing twice costs less than waiting for each other.
+static Input packed(const bf16 *rows, long M, long K) {
+    Input in = {rows, scratch(0, groups_of(M) * (K / STEP) * TILE), M, K};
+    for (long g = 0; g < groups_of(M); g++) pack_group(&in, g, (char *)in.tiles + g * (K / STEP) * TILE);
+    return in;
 }
 
 int herd_prepare(void) { return prepare(); }
 
 void herd_linear(const bf16 *x, const bf16 *w, bf16 *y, long M, long N, long K, int threads) {
-    Input in = {x, scratch(0, groups_of(M) * (K / STEP) * TILE), M, K};
     long pairs = (N / SIDE + 1) / 2;
-#pragma omp parallel num_threads(threads)
+    if (N * K < WORTH_A_THREAD) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int thread = omp_get_thread_num(), all = omp_get_num_threads();
-        pack_share(&in, 1, thread, all);
+        Input in = packed(x, M, K);
         begin();
         strips(&in, w, y, N, share(pairs, thread, all), share(pairs, thread + 1, all));
         end();
@@ -229,34 +225,28 @@ void herd_linear(const bf16 *x, const bf16 *w, bf16 *y, long M, long N, long K, 
 }
 
 // Feed-forward networks of E experts on rows that stand expert by expert: counts[e] rows of x[sum of counts, H] belong to
-// gate_up[e] ([2F, H]) and down[e] ([H, F]); y as x.
+// gate_up[e] ([2F, H]) and down[e] ([H, F]); y as x. Threads share the strips of all experts, as if those were one matrix.
 void herd_ffn(const bf16 *x, bf16 *y, const long *counts, const bf16 *const *gate_up, const bf16 *const *down,
               long E, long H, long F, int threads) {
-    Input in[E], mid[E];
-    long rows = 0, groups = 0;
-    for (long e = 0; e < E; e++) { rows += counts[e]; groups += groups_of(counts[e]); }
-    char *space = scratch(0, groups * (H / STEP + F / STEP) * TILE);
-    bf16 *h = (bf16 *)scratch(1, rows * F * sizeof(bf16));
-    for (long e = 0, row = 0, group = 0; e < E; row += counts[e], group += groups_of(counts[e]), e++) {
-        in[e] = (Input){x + row * H, space + group * (H / STEP) * TILE, counts[e], H};
-        mid[e] = (Input){h + row * F, space + groups * (H / STEP) * TILE + group * (F / STEP) * TILE, counts[e], F};
-    }
-    long wide = F / SIDE, pairs = (H / SIDE + 1) / 2;
-#pragma omp parallel num_threads(threads)
+    long first[E + 1], wide = F / SIDE, pairs = (H / SIDE + 1) / 2;
+    first[0] = 0;
+    for (long e = 0; e < E; e++) first[e + 1] = first[e] + counts[e];
+    bf16 *h = (bf16 *)scratch(1, first[E] * F * sizeof(bf16));
+#pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int thread = omp_get_thread_num(), all = omp_get_num_threads();
-        pack_share(in, E, thread, all);
         begin();
         for (long item = share(E * wide, thread, all), last = share(E * wide, thread + 1, all); item < last;) {
             long e = item / wide, until = last < (e + 1) * wide ? last : (e + 1) * wide;
-            gated_strips(&in[e], gate_up[e], (bf16 *)mid[e].rows, F, item - e * wide, until - e * wide);
+            Input in = packed(x + first[e] * H, counts[e], H);
+            gated_strips(&in, gate_up[e], h + first[e] * F, F, item - e * wide, until - e * wide);
             item = until;
         }
 #pragma omp barrier
-        pack_share(mid, E, thread, all);
         for (long item = share(E * pairs, thread, all), last = share(E * pairs, thread + 1, all); item < last;) {
             long e = item / pairs, until = last < (e + 1) * pairs ? last : (e + 1) * pairs;
-            strips(&mid[e], down[e], y + (in[e].rows - x), H, item - e * pairs, until - e * pairs);
+            Input in = packed(h + first[e] * F, counts[e], F);
+            strips(&in, down[e], y + first[e] * H, H, item - e * pairs, until - e * pairs);
             item = until;
         }
         end();
