@@ -73,13 +73,14 @@ class Bench:
         prompts = self._prompts(batch, prompt, seed)
         self.record.steps.clear()
         prefill_s, _, _ = self._run(prompts, 1)
-        prefill = [seen.shape for seen in self.record.steps]
+        prefill = [seen.shape() for seen in self.record.steps]
         self.record.steps.clear()
         computed_before = self._host_compute_s()
         _, decode_s, num_decoded = self._run(prompts, output)
         computed_s = max((s - computed_before[name] for name, s in self._host_compute_s().items()), default=0.0)
-        decode = [seen for seen in self.record.steps if len(seen.shape.spans) == batch == seen.shape.num_tokens]
-        machine = self._machine([seen.shape for seen in decode])
+        decode = [seen for seen in self.record.steps if seen.is_decode_of(batch)]
+        shapes = [seen.shape() for seen in decode]
+        machine = self._machine(shapes)
         step_s = decode_s * batch / num_decoded
         return EngineResult(
             transport=self.settings.transport,
@@ -90,7 +91,7 @@ class Bench:
             prefill_tokens_per_s=round(batch * prompt / prefill_s, 1),
             decode_tokens_per_s=round(num_decoded / decode_s, 1),
             step_ms=round(step_s * 1e3, 2),
-            floor_ratio=round(self._floor_s([seen.shape for seen in decode], machine) / len(decode) / step_s, 3),
+            floor_ratio=round(self._floor_s(shapes, machine) / len(shapes) / step_s, 3),
             prefill_floor_ratio=round(self._floor_s(prefill, machine) / prefill_s, 3),
             read_gb_per_s=round(machine.read_bytes_per_s / 1e9, 1),
             matmul_tflops=round(machine.flops_per_s / 1e12, 2),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 
 import torch
 
@@ -23,31 +22,58 @@ class StopWatch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def time(self, part: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+    def time(self, part: str) -> _Lap:
+        return _Lap(self.seconds, part)
+
+
+class _Lap:
+    """One stretch of time; a class, since generators cost more than some of what is timed."""
+
+    __slots__ = ("_part", "_seconds", "_started")
+
+    def __init__(self, seconds: dict[str, float], part: str) -> None:
+        self._seconds = seconds
+        self._part = part
+        self._started = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._seconds[self._part] = self._seconds.get(self._part, 0.0) + time.perf_counter() - self._started
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One step: what it computed, and seconds by part."""
+    """One step: its spans and samples, which experts its tokens chose in each layer, and seconds by part."""
 
-    shape: StepShape
+    spans: tuple[tuple[int, int], ...]
+    num_samples: int
+    chosen: dict[int, torch.Tensor]
     seconds: dict[str, float]
+
+    def is_decode_of(self, batch: int) -> bool:
+        """Whether it computed one token of each of `batch` sequences."""
+        return len(self.spans) == batch and all(count == 1 for _, count in self.spans)
+
+    def shape(self) -> StepShape:
+        counts = {layer: torch.bincount(expert_TK.flatten()) for layer, expert_TK in self.chosen.items()}
+        rows = {layer: count_E[count_E > 0].tolist() for layer, count_E in counts.items()}
+        return StepShape(spans=self.spans, num_samples=self.num_samples, expert_rows=rows)
 
 
 @dataclass
 class Record:
-    """All steps in order, and the rows by expert of the step that runs."""
+    """All steps in order, and what the tokens of the step that runs have chosen so far."""
 
     steps: list[Seen] = field(default_factory=list)
-    expert_rows: dict[int, list[int]] = field(default_factory=dict)
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class WatchedExperts:
-    """Passes rows on, counts them by expert and times their way out and back."""
+    """Passes rows on, notes what they chose and times their way out and back."""
 
     def __init__(self, inner: RoutedExperts, watch: StopWatch, record: Record) -> None:
         self._inner = inner
@@ -55,8 +81,7 @@ class WatchedExperts:
         self._record = record
 
     def dispatch(self, layer: int, x_TH: torch.Tensor, routing: Routing) -> Pending:
-        counts = torch.bincount(routing.expert_TK.flatten())
-        self._record.expert_rows[layer] = counts[counts > 0].tolist()
+        self._record.chosen[layer] = routing.expert_TK
         with self._watch.time("experts"):
             return WatchedPending(self._inner.dispatch(layer, x_TH, routing), self._watch)
 
@@ -84,8 +109,8 @@ class WatchedRunner:
     def run(self, step: Step) -> StepOutcome:
         spans = tuple((piece.start, piece.count) for piece in step.pieces)
         num_samples = sum(piece.samples for piece in step.pieces)
-        self._watch.seconds, self._record.expert_rows = {}, {}
+        self._watch.seconds, self._record.chosen = {}, {}
         outcome = self._inner.run(step)
-        shape = StepShape(spans=spans, num_samples=num_samples, expert_rows=self._record.expert_rows)
-        self._record.steps.append(Seen(shape=shape, seconds=self._watch.seconds))
+        seen = Seen(spans=spans, num_samples=num_samples, chosen=self._record.chosen, seconds=self._watch.seconds)
+        self._record.steps.append(seen)
         return outcome
