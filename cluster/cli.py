@@ -87,6 +87,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="share no beginnings of prompts",
     )
     add("--max-batch-tokens", metavar="T", help="tokens that one step computes at most (1024)")
+    add("--decode-stretch", metavar="X", help="how much longer prompts may make steps of running streams (2.0; inf)")
     add("--max-running", metavar="N", help="requests that run at a time on one router (64)")
     add("--max-waiting", metavar="N", help="requests that wait on one router before others are refused (256)")
     add("--deterministic", action="store_true", help="answers do not depend, to the bit, on batch, hosts or transport")

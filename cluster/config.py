@@ -28,6 +28,7 @@ class ServeSettings:
     `hosts` and `replicas` count for transport "grpc"; with "local" every router holds all experts itself.
     `host_bind` is the address that expert hosts listen on, `host_advertise` the one that routers are told: an address,
     or "address:A-B" whose ports stand for those of `host_ports` one by one. Empty: the node's own address.
+    `decode_stretch` bounds how many times as long a step of running streams gets by prompts beside it.
     `deterministic` makes answers the same bits whatever the batch, the hosts and the transport, and slower.
     `node_address` is where everything else listens; empty: what Ray calls the node. `state_dir` is the folder of
     run file and journal on the controller's machine.
@@ -49,6 +50,7 @@ class ServeSettings:
     max_batch_tokens: int = 1024
     max_running: int = 64
     max_waiting: int = 256
+    decode_stretch: float = 2.0
     deterministic: bool = False
     request_timeout_s: float = 600.0
     ray_address: str | None = None
@@ -77,6 +79,8 @@ class ServeSettings:
         _one_of("device", self.device, DEVICES)
         if self.max_model_len is not None:
             _between("max-model-len", self.max_model_len, 2, 1 << 31)
+        if not self.decode_stretch >= 1:
+            raise InvalidInput("decode-stretch", self.decode_stretch, "must be at least 1")
         if not 0 < self.request_timeout_s <= 86400:
             raise InvalidInput("request-timeout-s", self.request_timeout_s, "must be more than 0 and at most 86400")
         if not _NAME.fullmatch(self.name):
@@ -212,6 +216,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "kv_memory": parse_size,
     "prefix_cache": _flag,
     "request_timeout_s": _number,
+    "decode_stretch": _number,
 }
 
 

@@ -104,6 +104,7 @@ def build_engine(
             max_batch_tokens=settings.max_batch_tokens,
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
+            decode_stretch=settings.decode_stretch,
             max_waiting_tokens=settings.max_waiting * WAITING_TOKENS_PER_REQUEST,
             max_model_len=settings.max_model_len or capacity,
             eos_ids=model.eos_ids,

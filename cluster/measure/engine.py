@@ -7,12 +7,13 @@ token, decode on the same prompts from the moment that all of them have one.
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -169,6 +170,8 @@ def bench_engine(
     on_result: Callable[[EngineResult], None] = lambda _result: None,
 ) -> list[EngineResult]:
     """Measure every combination of batch and prompt length on one engine, after one small warm-up each."""
+    # Full batches are measured: those whose prompts are done must not make the others wait.
+    settings = replace(settings, decode_stretch=math.inf)
     model = open_model(settings.model_dir, settings.dtype)
     torch.set_num_threads(needs(settings, Role.ROUTER).threads)
     results = []
