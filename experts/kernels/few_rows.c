@@ -6,6 +6,7 @@
 //
 // Letters: M rows, N outputs, K inputs, E experts, F their width, H hidden size.
 #include <omp.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -16,7 +17,7 @@
 enum {
     SIDE = 16,          // a strip of the matrix and a group of rows: one tile has SIDE x SIDE sums
     STEP = 32,          // inputs that one tile takes in
-    AHEAD = 512,       // bytes of each matrix row that are asked for before they are needed
+    AHEAD = 512,        // bytes of each matrix row that are asked for before they are needed
     TILE = 1024,        // bytes
 };
 
@@ -146,15 +147,28 @@ static __m512 swiglu(__m512 gate, __m512 up) {
 
 // ---- work of all threads
 
-// Memory of the calling thread that grows and stays.
+enum { TILES, MIDDLE, ROOMS };
+typedef struct { char *at; size_t bytes; } Room;
+static pthread_key_t rooms_key;
+
+static void free_rooms(void *rooms) {
+    for (int which = 0; which < ROOMS; which++) free(((Room *)rooms)[which].at);
+    free(rooms);
+}
+
+__attribute__((constructor)) static void make_key(void) { pthread_key_create(&rooms_key, free_rooms); }
+
+// Memory of the calling thread that grows, stays, and ends with the thread.
 static char *scratch(int which, size_t bytes) {
-    static __thread struct { char *at; size_t bytes; } kept[2];
-    if (kept[which].bytes < bytes) {
-        free(kept[which].at);
-        kept[which].bytes = bytes + bytes / 2;
-        kept[which].at = aligned_alloc(64, (kept[which].bytes + 63) / 64 * 64);
+    Room *rooms = pthread_getspecific(rooms_key);
+    if (!rooms) pthread_setspecific(rooms_key, rooms = calloc(ROOMS, sizeof(Room)));
+    Room *room = &rooms[which];
+    if (room->bytes < bytes) {
+        free(room->at);
+        room->bytes = (bytes + bytes / 2 + 63) / 64 * 64;
+        room->at = aligned_alloc(64, room->bytes);
     }
-    return kept[which].at;
+    return room->at;
 }
 
 static long share(long items, int thread, int threads) { return items * thread / threads; }
@@ -206,7 +220,7 @@ static void pack_share(const Input *inputs, long num, int thread, int threads) {
 int herd_prepare(void) { return prepare(); }
 
 void herd_linear(const bf16 *x, const bf16 *w, bf16 *y, long M, long N, long K, int threads) {
-    Input in = {x, scratch(0, groups_of(M) * (K / STEP) * TILE), M, K};
+    Input in = {x, scratch(TILES, groups_of(M) * (K / STEP) * TILE), M, K};
     long pairs = (N / SIDE + 1) / 2;
 #pragma omp parallel num_threads(threads)
     {
@@ -225,8 +239,8 @@ void herd_ffn(const bf16 *x, bf16 *y, const long *counts, const bf16 *const *gat
     Input in[E], mid[E];
     long rows = 0, groups = 0;
     for (long e = 0; e < E; e++) { rows += counts[e]; groups += groups_of(counts[e]); }
-    char *space = scratch(0, groups * (H / STEP + F / STEP) * TILE);
-    bf16 *h = (bf16 *)scratch(1, rows * F * sizeof(bf16));
+    char *space = scratch(TILES, groups * (H / STEP + F / STEP) * TILE);
+    bf16 *h = (bf16 *)scratch(MIDDLE, rows * F * sizeof(bf16));
     for (long e = 0, row = 0, group = 0; e < E; row += counts[e], group += groups_of(counts[e]), e++) {
         in[e] = (Input){x + row * H, space + group * (H / STEP) * TILE, counts[e], H};
         mid[e] = (Input){h + row * F, space + groups * (H / STEP) * TILE + group * (F / STEP) * TILE, counts[e], F};
