@@ -6,6 +6,7 @@
 //
 // Letters: M rows, N outputs, K inputs, E experts, F their width, H hidden size.
 #include <omp.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -157,15 +158,28 @@ static __m512 swiglu(__m512 gate, __m512 up) {
 
 // ---- work of all threads
 
-// Memory of the calling thread that grows and stays.
+enum { TILES, MIDDLE, ROOMS };
+typedef struct { char *at; size_t bytes; } Room;
+static pthread_key_t rooms_key;
+
+static void free_rooms(void *rooms) {
+    for (int which = 0; which < ROOMS; which++) free(((Room *)rooms)[which].at);
+    free(rooms);
+}
+
+__attribute__((constructor)) static void make_key(void) { pthread_key_create(&rooms_key, free_rooms); }
+
+// Memory of the calling thread that grows, stays, and ends with the thread.
 static char *scratch(int which, size_t bytes) {
-    static __thread struct { char *at; size_t bytes; } kept[2];
-    if (kept[which].bytes < bytes) {
-        free(kept[which].at);
-        kept[which].bytes = bytes + bytes / 2;
-        kept[which].at = aligned_alloc(64, (kept[which].bytes + 63) / 64 * 64);
+    Room *rooms = pthread_getspecific(rooms_key);
+    if (!rooms) pthread_setspecific(rooms_key, rooms = calloc(ROOMS, sizeof(Room)));
+    Room *room = &rooms[which];
+    if (room->bytes < bytes) {
+        free(room->at);
+        room->bytes = (bytes + bytes / 2 + 63) / 64 * 64;
+        room->at = aligned_alloc(64, room->bytes);
     }
-    return kept[which].at;
+    return room->at;
 }
 
 static long share(long items, int thread, int threads) { return items * thread / threads; }
@@ -204,7 +218,7 @@ static void gated_strips(const Input *in, const bf16 *w, bf16 *h, long F, long f
 
 // The rows as a thread needs them, in memory of its own: packing twice costs less than waiting for each other.
 static Input packed(const bf16 *rows, long M, long K) {
-    Input in = {rows, scratch(0, groups_of(M) * (K / STEP) * TILE), M, K};
+    Input in = {rows, scratch(TILES, groups_of(M) * (K / STEP) * TILE), M, K};
     for (long g = 0; g < groups_of(M); g++) pack_group(&in, g, (char *)in.tiles + g * (K / STEP) * TILE);
     return in;
 }
@@ -231,7 +245,7 @@ void herd_ffn(const bf16 *x, bf16 *y, const long *counts, const bf16 *const *gat
     long first[E + 1], wide = F / SIDE, pairs = (H / SIDE + 1) / 2;
     first[0] = 0;
     for (long e = 0; e < E; e++) first[e + 1] = first[e] + counts[e];
-    bf16 *h = (bf16 *)scratch(1, first[E] * F * sizeof(bf16));
+    bf16 *h = (bf16 *)scratch(MIDDLE, first[E] * F * sizeof(bf16));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int thread = omp_get_thread_num(), all = omp_get_num_threads();

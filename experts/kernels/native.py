@@ -14,12 +14,13 @@ import torch
 
 from experts.arithmetic import Arithmetic, PlainArithmetic, TiledArithmetic
 from experts.ffn import ExpertWeights
-from experts.kernels.compiler import NUMBER, POINTER, REAL, THREADS, declare, load
+from experts.kernels.compiler import FLAGS, NUMBER, POINTER, REAL, THREADS, declare, load
 
 MAX_ROWS = 256
 """Torch's product is as fast from about here on."""
 MAX_ROWS_PER_EXPERT = 512
 STRIP, STEP = 16, 32
+WITHOUT_AMX = (*FLAGS, "-mno-amx-bf16", "-mno-amx-tile", "-mno-amx-int8")
 HERE = Path(__file__).parent
 
 
@@ -34,7 +35,7 @@ def choose_arithmetic(
         return TiledArithmetic(widths)
     if dtype is not torch.bfloat16 or device.type != "cpu":
         return PlainArithmetic()
-    products, norms = _products(), _norms()
+    products, norms = _products(), load_norms()
     return PlainArithmetic() if products is None or norms is None else NativeArithmetic(products, norms)
 
 
@@ -65,9 +66,8 @@ class NativeArithmetic:
 
     def ffn(self, rows_RH: torch.Tensor, counts: Sequence[int], experts: Sequence[ExpertWeights]) -> torch.Tensor:
         hidden, width = rows_RH.shape[1], experts[0].down_HF.shape[1]
-        shape = (2 * width, hidden)
         fits = max(counts) <= MAX_ROWS_PER_EXPERT and not hidden % STEP and not width % STEP
-        if not fits or any(weights.gate_up_FH.shape != shape for weights in experts):
+        if not fits or not all(_is_plain(weights, hidden, width) for weights in experts):
             return self._plain.ffn(rows_RH, counts, experts)
         rows_RH = rows_RH.contiguous()
         y_RH = torch.empty_like(rows_RH)
@@ -86,7 +86,7 @@ class NativeArithmetic:
         return y_RH
 
     def norm(self, x_TH: torch.Tensor, eps: float, weight_H: torch.Tensor) -> torch.Tensor:
-        if x_TH.shape[1] % 16:
+        if x_TH.shape[1] % STRIP or not weight_H.is_contiguous():
             return self._plain.norm(x_TH, eps, weight_H)
         x_TH = x_TH.contiguous()
         y_TH = torch.empty_like(x_TH)
@@ -102,19 +102,35 @@ class NativeArithmetic:
         return function(*rows)
 
 
+def _is_plain(weights: ExpertWeights, hidden: int, width: int) -> bool:
+    shapes = (weights.gate_up_FH.shape, weights.down_HF.shape)
+    whole = weights.gate_up_FH.is_contiguous() and weights.down_HF.is_contiguous()
+    return whole and shapes == ((2 * width, hidden), (hidden, width))
+
+
 @cache
 def _products() -> ctypes.CDLL | None:
     """The compiled products; None where the CPU or the compiler lacks something."""
-    library = load(HERE / "few_rows.c")
-    if library is None or not library.herd_prepare():
-        return None
-    declare(library, "herd_linear", [POINTER, POINTER, POINTER, NUMBER, NUMBER, NUMBER, THREADS])
-    declare(library, "herd_ffn", [POINTER, POINTER, POINTER, POINTER, POINTER, NUMBER, NUMBER, NUMBER, THREADS])
+    # A kernel may keep the tiles of a CPU that has them from its processes.
+    for flags in (FLAGS, WITHOUT_AMX):
+        library = load_products(flags)
+        if library is None or library.herd_prepare():
+            return library
+    return None
+
+
+def load_products(flags: Sequence[str]) -> ctypes.CDLL | None:
+    """`few_rows.c` compiled with `flags`; `herd_prepare` says whether this process may run it."""
+    library = load(HERE / "few_rows.c", flags=flags)
+    if library is not None:
+        declare(library, "herd_linear", [POINTER, POINTER, POINTER, NUMBER, NUMBER, NUMBER, THREADS])
+        declare(library, "herd_ffn", [POINTER, POINTER, POINTER, POINTER, POINTER, NUMBER, NUMBER, NUMBER, THREADS])
     return library
 
 
 @cache
-def _norms() -> ctypes.CDLL | None:
+def load_norms() -> ctypes.CDLL | None:
+    """`norm.c` compiled."""
     library = load(HERE / "norm.c")
     if library is not None:
         declare(library, "herd_norm", [POINTER, POINTER, POINTER, NUMBER, NUMBER, REAL, THREADS])

@@ -16,7 +16,8 @@ static inline __m512 rounded(__m512 v) { return widen((__m256i)_mm512_cvtneps_pb
 
 // e^v as 2^n · e^f with f within ln 2 / 2 of zero and a polynomial for e^f (Cephes' expf); relative error below 2e-7.
 static inline __m512 exp512(__m512 v) {
-    v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
+    // Of two operands one of which is no number, the second is taken: v stays what it is.
+    v = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), v));
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504089f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v);
     f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
