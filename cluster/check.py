@@ -21,7 +21,8 @@ from router.prompt.chat import ChatTemplate
 from router.prompt.images.processor_config import read_settings
 from router.prompt.images.tokens import ImageTokens
 from router.prompt.stop_ids import GENERATION_FILE, default_stop_ids
-from router.prompt.tokenizer import Tokenizer, read_json
+from router.prompt.tokenizer import Tokenizer
+from router.prompt.tokenizer_files import read_json
 
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 25_000_000

@@ -36,12 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HerdError as error:
         print(f"herd: {error}", file=sys.stderr)
         return FAILED
+    except ModuleNotFoundError as error:
+        if _is_ours(error.name):
+            raise
+        print(f"herd: this needs the package {error.name}, which is not installed", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         # Somebody like `head` has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
+
+
+def _is_ours(module: str | None) -> bool:
+    return (module or "cluster").partition(".")[0] in ("cluster", "router", "experts")
 
 
 def _parser(version: str) -> argparse.ArgumentParser:
@@ -136,6 +145,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="T", default=64, type=int, help="tokens of each answer (64)")
     add("--transport", help="local: experts in this process; grpc: on host processes (grpc)")
     add("--hosts", metavar="N", help="expert hosts (1)")
+    add("--device", help="cpu or cuda, for this process and the hosts (cpu)")
     add("--dtype", help="auto, float32, bfloat16 or float16 (auto: the checkpoint's)")
     add("--kv-memory", metavar="SIZE", help="KV cache, such as 512MiB (2GiB)")
     add("--max-batch-tokens", metavar="T", help="tokens that one step computes at most (1024)")
@@ -205,7 +215,6 @@ def _serve_until(signals: Signals, options: argparse.Namespace) -> int:
     from cluster.config import parse_settings
     from cluster.preflight import check_model, check_port_is_free, check_ray_answers
     from cluster.run_file import state_dirs
-    from experts.errors import HerdError
 
     given = {name: value for name, value in vars(options).items() if name != "run"}
     settings = parse_settings(given)
@@ -215,10 +224,8 @@ def _serve_until(signals: Signals, options: argparse.Namespace) -> int:
         check_port_is_free(settings)
     else:
         check_ray_answers(settings)
-    try:
-        from cluster.on_ray.launch import launch
-    except ModuleNotFoundError as error:
-        raise HerdError(f"serving needs the package {error.name}, which is not installed") from None
+    from cluster.on_ray.launch import launch
+
     signals.check()
     return launch(settings, state_dirs(os.environ)[0], signals)
 

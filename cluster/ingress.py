@@ -28,7 +28,8 @@ from router.grpc_client import RouterPool
 from router.prompt.chat import ChatTemplate
 from router.prompt.images.vision import Vision
 from router.prompt.stop_ids import GENERATION_FILE, default_stop_ids
-from router.prompt.tokenizer import Tokenizer, read_json
+from router.prompt.tokenizer import Tokenizer
+from router.prompt.tokenizer_files import read_json
 
 log = logging.getLogger(__name__)
 

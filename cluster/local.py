@@ -17,9 +17,9 @@ from experts.arithmetic import Arithmetic
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig, load_config
 from experts.kernels.native import choose_arithmetic
+from experts.link_terms import LinkTerms
 from experts.placement import ExpertKey
 from experts.weights import ExpertStore
-from experts.wire.codec import LinkTerms
 from router.checkpoint import load_trunk, load_vision
 from router.engine.engine import Engine, Runner
 from router.engine.image_features import MAX_TILES_AT_ONCE, ImageFeatures

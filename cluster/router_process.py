@@ -100,7 +100,7 @@ class RouterProcess:
     def _inner_numbers(self, experts: LocalExperts) -> HostNumbers:
         return HostNumbers(
             name=self._inner_name,
-            load=experts.load.snapshot(),
+            load=experts.load_snapshot(),
             slots=len(experts.weights),
             held_bytes=experts.num_bytes,
         )
@@ -120,7 +120,7 @@ class RouterProcess:
             transport="local",
             held=frozenset(self.experts.weights),
             held_bytes=self.experts.num_bytes,
-            rows_total=self.experts.load.snapshot().rows_total,
+            rows_total=self.experts.load_snapshot().rows_total,
         )
 
     def _use(self, view: ClusterView) -> None:

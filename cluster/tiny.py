@@ -21,7 +21,7 @@ from experts.errors import InvalidInput
 from experts.tensor_names import expected_tensors
 from router.prompt.chat import TEMPLATE_FILE
 from router.prompt.images.processor_config import IMAGE_FILE, PROCESSOR_FILE
-from router.prompt.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+from router.prompt.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE
 
 KINDS = ("scout", "maverick", "guard")
 MAX_SEED = 2**63 - 1

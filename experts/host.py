@@ -100,7 +100,10 @@ class ExpertHost:
             return torch.empty_like(shipment.rows_TH)
         segments = zip(shipment.segments, weights, strict=True)
         touched = [(segment.num_rows, one) for segment, one in segments if segment.num_rows]
-        return self._arithmetic.ffn(shipment.rows_TH, [count for count, _ in touched], [one for _, one in touched])
+        # To where the weights are and back; nothing happens where that is the CPU.
+        rows_TH = shipment.rows_TH.to(weights[0].down_HF.device)
+        y_TH = self._arithmetic.ffn(rows_TH, [count for count, _ in touched], [one for _, one in touched])
+        return y_TH.to(shipment.rows_TH.device)
 
     def _weights_of(self, shipment: Shipment) -> list[ExpertWeights]:
         with self._slots_lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,11 @@ class LoadSnapshot:
     rows_total: int
     num_shipments: int
     compute_s: float
+
+    def with_rows(self, more: Mapping[ExpertKey, int]) -> LoadSnapshot:
+        """These counters and rows that were counted elsewhere."""
+        rows = {key: self.rows.get(key, 0) + more.get(key, 0) for key in self.rows.keys() | more.keys()}
+        return replace(self, rows=MappingProxyType(rows), rows_total=sum(rows.values()))
 
 
 class LoadWindow:

@@ -8,17 +8,21 @@ from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig
 from experts.ffn import ExpertWeights
 from experts.placement import ExpertKey
+from experts.stack import ExpertStack
 from experts.tensor_names import expected_tensors
 
 
 class ExpertStore:
-    """Loads (layer, expert) in `dtype`. Stateless and safe to use from several threads."""
+    """Loads (layer, expert) in `dtype` to `device`. Stateless and safe to use from several threads."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
         self._checkpoint = checkpoint
         self._config = config
         self._shapes = expected_tensors(config)
         self.dtype = dtype
+        self.device = torch.device(device)
 
     def load(self, layer: int, expert: int) -> ExpertWeights:
         """Read one expert. Raises CheckpointError naming the tensor when it is missing or misshapen.
@@ -33,9 +37,18 @@ class ExpertStore:
         gate_up_HF = self._row(prefix + "gate_up_proj", expert)
         down_FH = self._row(prefix + "down_proj", expert)
         return ExpertWeights(
-            gate_up_FH=gate_up_HF.to(self.dtype).t().contiguous(),
-            down_HF=down_FH.to(self.dtype).t().contiguous(),
+            gate_up_FH=gate_up_HF.to(self.device, self.dtype).t().contiguous(),
+            down_HF=down_FH.to(self.device, self.dtype).t().contiguous(),
         )
+
+    def load_layer(self, layer: int) -> ExpertStack:
+        """All experts of an MoE layer in two tensors. Raises CheckpointError as `load` does."""
+        first = self.load(layer, 0)
+        stack = ExpertStack.empty(self._config.num_experts, first)
+        stack.put(0, first)
+        for expert in range(1, self._config.num_experts):
+            stack.put(expert, self.load(layer, expert))
+        return stack
 
     def _row(self, name: str, index: int) -> torch.Tensor:
         return self._checkpoint.row(name, index, self._shapes[name])

@@ -10,23 +10,41 @@ import torch
 
 from experts.arithmetic import Arithmetic, PlainArithmetic
 from experts.ffn import ExpertWeights
-from experts.load import LoadWindow
+from experts.load import LoadSnapshot, LoadWindow
 from experts.placement import ExpertKey
 from experts.transport.base import Segment
 from router.routed import Combined, Routing, RowGroups, group_rows, ungroup_rows
+from router.stacked_experts import StackedExperts
 
 
 class LocalExperts:
-    """Fulfils the decoder's `RoutedExperts` with weights held here; `load` counts what was computed."""
+    """Fulfils the decoder's `RoutedExperts` with weights held here. `stacked` are the same weights for steps in fixed
+    shapes, where there are such steps."""
 
-    def __init__(self, weights: Mapping[ExpertKey, ExpertWeights], arithmetic: Arithmetic | None = None) -> None:
+    def __init__(
+        self,
+        weights: Mapping[ExpertKey, ExpertWeights],
+        arithmetic: Arithmetic | None = None,
+        stacked: StackedExperts | None = None,
+    ) -> None:
         self.weights = weights
+        self.stacked = stacked
         self._arithmetic = arithmetic or PlainArithmetic()
-        self.load = LoadWindow()
+        self._load = LoadWindow()
+
+    @classmethod
+    def over(cls, stacked: StackedExperts, arithmetic: Arithmetic | None = None) -> LocalExperts:
+        """All experts of the stacks."""
+        return cls(stacked.experts(), arithmetic, stacked)
 
     @property
     def num_bytes(self) -> int:
         return sum(weights.num_bytes for weights in self.weights.values())
+
+    def load_snapshot(self) -> LoadSnapshot:
+        """What was computed since the start; `compute_s` and `num_shipments` leave out steps in fixed shapes."""
+        snapshot = self._load.snapshot()
+        return snapshot if self.stacked is None else snapshot.with_rows(self.stacked.rows())
 
     def dispatch(self, layer: int, x_TH: torch.Tensor, routing: Routing) -> LocalPending:
         """Group the rows; they are computed when the result is asked for."""
@@ -41,7 +59,7 @@ class LocalExperts:
             Segment(layer=layer, expert=expert, num_rows=count)
             for expert, count in zip(groups.experts, groups.counts, strict=True)
         ]
-        self.load.record(segments, time.perf_counter() - started)
+        self._load.record(segments, time.perf_counter() - started)
         return y_RH
 
 

@@ -65,8 +65,13 @@ def group_rows(x_TH: torch.Tensor, routing: Routing) -> RowGroups:
 
 def ungroup_rows(groups: RowGroups, y_RH: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Undo `group_rows` for results: per token the sum of its experts' rows, in ascending expert order."""
+    return sum_choices(groups.choice_R, y_RH, routing)
+
+
+def sum_choices(choice_R: torch.Tensor, y_RH: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """The same for rows of which row i belongs to (token, choice) = divmod(`choice_R[i]`, K)."""
     num_tokens, num_choices = routing.expert_TK.shape
-    y_choice_RH = torch.empty_like(y_RH).index_copy_(0, groups.choice_R, y_RH)
+    y_choice_RH = torch.empty_like(y_RH).index_copy_(0, choice_R, y_RH)
     if num_choices == 1:
         return y_choice_RH
     parts_TKH = y_choice_RH.view(num_tokens, num_choices, -1)

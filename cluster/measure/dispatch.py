@@ -14,10 +14,10 @@ from cluster.grpc_echo import echo_main, echo_stream
 from cluster.measure.hosts import address_from, await_links, child, serve_until_closed
 from experts.ffn import ExpertWeights
 from experts.host import ExpertHost
+from experts.link_terms import LinkTerms
 from experts.placement import HostInfo
 from experts.transport.base import Segment, Shipment
 from experts.transport.grpc_client import GrpcTransport
-from experts.wire.codec import LinkTerms
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,23 +14,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from cluster.config import ServeSettings
 from cluster.local import Model, build_engine, load_local_experts, open_model
 from cluster.measure.floor import StepShape, floor_s, step_bytes
-from cluster.measure.hosts import TIMEOUT_S, HostProcesses, await_links, host_processes
 from cluster.measure.machine import Machine, measure_machine
 from cluster.measure.watch import Record, Seen, StopWatch, WatchedExperts, WatchedRunner
 from cluster.topology import Role, needs
 from experts.placement import ExpertKey
-from experts.transport.grpc_client import GrpcTransport
-from router.dispatch import RemoteExperts
 from router.engine.engine import Engine
 from router.engine.request import Event, FinishEvent, SamplingParams, TokenEvent
 from router.model.decoder import RoutedExperts
 
+if TYPE_CHECKING:
+    from cluster.measure.hosts import HostProcesses
+
+TIMEOUT_S = 600.0
 SEED = 20240
 WARM_UP_TOKENS = 4
 WATCHED = ("attention", "shared", "experts", "sampling")
@@ -201,25 +203,20 @@ def bench_of(model: Model, settings: ServeSettings) -> Iterator[Bench]:
         )
 
     if settings.transport == "local":
-        engine = engine_with(load_local_experts(model, settings))
-        with _running(engine):
+        with _running(engine_with(load_local_experts(model, settings))) as engine:
             yield Bench(engine, model, settings, record, None)
         return
-    with host_processes(model, settings) as hosts:
-        transport = GrpcTransport(router_name="bench", terms=model.terms())
-        remote = RemoteExperts(transport)
-        remote.connect(hosts.view)
-        await_links(transport, len(hosts.view.hosts))
-        engine = engine_with(remote, remote.available)
-        with _running(engine):
-            yield Bench(engine, model, settings, record, hosts)
-        transport.close()
+    # Only here, so that a bench without hosts needs no gRPC.
+    from cluster.measure.hosts import remote_experts
+
+    with remote_experts(model, settings) as (remote, hosts), _running(engine_with(remote, remote.available)) as engine:
+        yield Bench(engine, model, settings, record, hosts)
 
 
 @contextmanager
-def _running(engine: Engine) -> Iterator[None]:
+def _running(engine: Engine) -> Iterator[Engine]:
     engine.start()
     try:
-        yield
+        yield engine
     finally:
         engine.stop()

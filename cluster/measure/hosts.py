@@ -17,10 +17,12 @@ from cluster.control.pack import pack
 from cluster.local import Model, choose_products, open_model
 from cluster.topology import Role, needs
 from experts.host import ExpertHost
+from experts.link_terms import LinkTerms
 from experts.placement import ClusterView, ExpertKey, HostInfo, Placement
 from experts.transport.base import Transport
+from experts.transport.grpc_client import GrpcTransport
 from experts.transport.grpc_server import serve_expert_host
-from experts.wire.codec import LinkTerms
+from router.dispatch import RemoteExperts
 
 TIMEOUT_S = 600.0
 ASK_COMPUTE_S = "compute_s"
@@ -58,6 +60,18 @@ def host_processes(model: Model, settings: ServeSettings) -> Iterator[HostProces
         }
         view = ClusterView(version=1, placement=Placement(epoch=1, replicas=placement), hosts=hosts)
         yield HostProcesses(view, pipes)
+
+
+@contextmanager
+def remote_experts(model: Model, settings: ServeSettings) -> Iterator[tuple[RemoteExperts, HostProcesses]]:
+    """Experts on host processes that are linked to this one."""
+    with host_processes(model, settings) as hosts:
+        transport = GrpcTransport(router_name="bench", terms=model.terms())
+        remote = RemoteExperts(transport)
+        remote.connect(hosts.view)
+        await_links(transport, len(hosts.view.hosts))
+        yield remote, hosts
+        transport.close()
 
 
 @contextmanager

@@ -8,16 +8,19 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from cluster.measure.dispatch import DispatchResult
-from cluster.measure.engine import EngineResult
 from cluster.version import herd_version
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def print_results(results: Sequence[EngineResult] | Sequence[DispatchResult], out: str | None = None) -> None:
-    """A table on the screen; `out` also gets JSON with the setup ("-": JSON on standard output, and no table)."""
+
+def print_results(results: Sequence[DataclassInstance], out: str | None = None) -> None:
+    """One row for each result, whose fields are the columns: a table on the screen; `out` also gets JSON with the setup
+    ("-": JSON on standard output, and no table)."""
     rows = [asdict(result) for result in results]
     document = json.dumps({"setup": _setup(), "results": rows}, indent=1)
     if out == "-":

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Mapping
 
 from experts.errors import DeadlinePassed, HostLost, TransportError
+from experts.link_terms import LinkTerms
 from experts.placement import HostInfo
 from experts.transport.base import Shipment, Ticket
 from experts.transport.grpc_link import Arrival, Link, LinkSetup, Outcome, Reconnect
-from experts.wire.codec import DEFAULT_MAX_MESSAGE_BYTES, LinkTerms
+from experts.wire.codec import DEFAULT_MAX_MESSAGE_BYTES
 
 _LONGEST_WAIT_S = 3600.0
 """A wait is cut into pieces that the clock functions take, however far the deadline."""

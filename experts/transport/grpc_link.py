@@ -16,11 +16,11 @@ import grpc
 import torch
 
 from experts.errors import BadFrame, DeadlinePassed, HostLost, TransportError
+from experts.link_terms import LinkTerms
 from experts.placement import HostInfo
 from experts.transport.base import Shipment, Ticket
 from experts.transport.grpc_options import METHOD, SERVICE, client_options
 from experts.wire.codec import (
-    LinkTerms,
     decode_error,
     decode_result,
     encode_hello,

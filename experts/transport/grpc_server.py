@@ -15,10 +15,10 @@ import grpc
 
 from experts.errors import BadFrame, DeadlinePassed, InvalidInput, TransportError
 from experts.host import ExpertHost
+from experts.link_terms import LinkTerms
 from experts.transport.grpc_options import METHOD, SERVICE, server_options
 from experts.wire.codec import (
     DEFAULT_MAX_MESSAGE_BYTES,
-    LinkTerms,
     decode_shipment,
     encode_error,
     encode_host_hello,

@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
 from experts.errors import BadFrame, DeadlinePassed, HostFailed, NotHosted, TransportError
+from experts.link_terms import LinkTerms
 from experts.placement import ExpertKey
 from experts.transport.base import Segment, Shipment
 from experts.wire.expert_pb2 import (
@@ -55,23 +55,6 @@ with warnings.catch_warnings():
     # read-only by convention, so let it be said here, unheard.
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkTerms:
-    """What both ends of a link must agree on. `checkpoint_digest` names the exact weights."""
-
-    checkpoint_digest: str
-    dtype: torch.dtype
-    hidden_size: int
-
-    def __post_init__(self) -> None:
-        assert self.dtype in _NAME_OF, self.dtype
-        assert self.hidden_size > 0, self.hidden_size
-
-    def num_bytes(self, num_rows: int) -> int:
-        """Bytes of `num_rows` rows."""
-        return num_rows * self.hidden_size * self.dtype.itemsize
 
 
 def message_bound(shipment: Shipment) -> int:

@@ -18,7 +18,8 @@ from experts.errors import CheckpointError, InvalidInput
 from router.prompt.images.tokens import PLACEHOLDER
 from router.prompt.jinja_sandbox import CompiledTemplate
 from router.prompt.literals import Literals, SpecialTexts
-from router.prompt.tokenizer import CONFIG_FILE, Tokenizer, read_json
+from router.prompt.tokenizer import Tokenizer
+from router.prompt.tokenizer_files import CONFIG_FILE, read_json
 
 TEMPLATE_FILE = "chat_template.jinja"
 

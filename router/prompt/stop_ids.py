@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experts.config import token_ids
 from experts.errors import CheckpointError, InvalidInput
-from router.prompt.tokenizer import RANKS_FILE, TOKENIZER_FILE, Tokenizer, read_json
+from router.prompt.tokenizer_files import read_json, special_ids
 
 GENERATION_FILE = "generation_config.json"
 END_TOKENS = ("<|end_of_text|>", "<|eom|>", "<|eot|>")
@@ -23,10 +23,8 @@ def default_stop_ids(model_dir: Path, config_ids: Iterable[int]) -> frozenset[in
     named = _generation_ids(model_dir)
     if named:
         return named
-    if not any((model_dir / file).exists() for file in (TOKENIZER_FILE, RANKS_FILE)):
-        return frozenset(config_ids)
-    special_ids = Tokenizer.from_folder(model_dir).special_ids
-    return frozenset(config_ids).union(special_ids[name] for name in END_TOKENS if name in special_ids)
+    ids = special_ids(model_dir)
+    return frozenset(config_ids).union(ids[name] for name in END_TOKENS if name in ids)
 
 
 def _generation_ids(model_dir: Path) -> frozenset[int]:

@@ -6,7 +6,6 @@ Text is always plain: a special token's name inside it is spelled in ordinary to
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,13 +13,17 @@ from typing import Any, Protocol
 
 from experts.errors import CheckpointError, InvalidInput
 from router.prompt.byte_alphabet import to_chars
+from router.prompt.tokenizer_files import (
+    CONFIG_FILE,
+    RANKS_FILE,
+    SPECIAL_MAP_FILE,
+    TOKENIZER_FILE,
+    read_json,
+    read_ranks,
+)
 from router.prompt.tokenizer_json import JsonVocabulary
 from router.prompt.tokenizer_tiktoken import RankVocabulary
 
-TOKENIZER_FILE = "tokenizer.json"
-RANKS_FILE = "tokenizer.model"
-CONFIG_FILE = "tokenizer_config.json"
-SPECIAL_MAP_FILE = "special_tokens_map.json"
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -81,7 +84,7 @@ class Tokenizer:
         if spec is not None:
             return cls(JsonVocabulary(spec, file=TOKENIZER_FILE), named, file=TOKENIZER_FILE)
         if (model_dir / RANKS_FILE).exists():
-            return cls(RankVocabulary.from_file(model_dir / RANKS_FILE), named, file=RANKS_FILE)
+            return cls(RankVocabulary(read_ranks(model_dir / RANKS_FILE)), named, file=RANKS_FILE)
         raise CheckpointError(TOKENIZER_FILE, f"is not in the model folder, and neither is {RANKS_FILE}")
 
     def encode(self, text: str) -> list[int]:
@@ -150,22 +153,6 @@ class Detokenizer:
     def finish(self) -> str:
         """What is left at the end: a replacement character when the stream broke off inside a character."""
         return self._utf8.decode(b"", final=True)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in the file at `path`, or None when there is no such file.
-
-    Raises CheckpointError, which names the file but not its folder.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(path.name, f"cannot be read as JSON ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(path.name, "must hold a JSON object")
-    return content
 
 
 def _named_specials(config: Mapping[str, Any]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,8 +11,7 @@ import tokenizers
 
 from experts.errors import CheckpointError
 from router.prompt.byte_alphabet import to_bytes
-
-_LOOKS_SPECIAL = re.compile(r"<\|.*\|>", re.DOTALL)
+from router.prompt.tokenizer_files import control_ids, is_control
 
 
 class JsonVocabulary:
@@ -25,9 +23,7 @@ class JsonVocabulary:
             _require_byte_level(spec, file)
             self._plain = _plain_tokenizer(spec, file)
             added = spec.get("added_tokens") or ()
-            self.special_ids: Mapping[str, int] = MappingProxyType(
-                {token["content"]: token["id"] for token in added if _is_control(token)}
-            )
+            self.special_ids: Mapping[str, int] = MappingProxyType(control_ids(added))
             self.hidden_ids = frozenset(token["id"] for token in added if token["special"])
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(file, f"has a field of the wrong kind ({error})") from error
@@ -46,16 +42,12 @@ class JsonVocabulary:
         return b"" if token is None else to_bytes(token)
 
 
-def _is_control(token: Mapping[str, Any]) -> bool:
-    return bool(token["special"]) or _LOOKS_SPECIAL.fullmatch(token["content"]) is not None
-
-
 def _plain_tokenizer(spec: Mapping[str, Any], file: str) -> tokenizers.Tokenizer:
     """The tokenizer of `spec` that takes no text for a control token.
 
     Control tokens are switched off, not dropped: dropping them would renumber the added tokens behind them.
     """
-    added = [{**token, "special": _is_control(token)} for token in spec.get("added_tokens") or ()]
+    added = [{**token, "special": is_control(token)} for token in spec.get("added_tokens") or ()]
     plain_spec = {**spec, "added_tokens": added, "truncation": None, "padding": None}
     try:
         plain = tokenizers.Tokenizer.from_str(json.dumps(plain_spec))

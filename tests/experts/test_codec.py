@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.errors import BadFrame, DeadlinePassed, HostFailed, NotHosted, TransportError
+from experts.link_terms import LinkTerms
 from experts.transport.base import Segment, Shipment
 from experts.wire.codec import (
     MAX_ROWS,
     MAX_SEGMENTS,
-    LinkTerms,
     decode_error,
     decode_result,
     decode_shipment,

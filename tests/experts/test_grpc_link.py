@@ -31,12 +31,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experts.errors import BadFrame, DeadlinePassed, HostLost, InvalidInput
+from experts.link_terms import LinkTerms
 from experts.placement import HostInfo
 from experts.transport.base import Shipment
 from experts.transport.grpc_client import GrpcTransport
 from experts.transport.grpc_link import Reconnect
 from experts.transport.grpc_server import ExpertHostServer, serve_expert_host
-from experts.wire.codec import LinkTerms, encode_hello, encode_host_hello, encode_result, encode_shipment
+from experts.wire.codec import encode_hello, encode_host_hello, encode_result, encode_shipment
 from experts.wire.expert_pb2 import Error, ExchangeRequest, ExchangeResponse
 from experts.wire.expert_pb2_grpc import ExpertHostServiceStub
 

@@ -20,7 +20,8 @@ from router.prompt.byte_alphabet import to_bytes
 from router.prompt.chat import ChatTemplate
 from router.prompt.stop_ids import default_stop_ids
 from router.prompt.tokenizer import Tokenizer
-from router.prompt.tokenizer_tiktoken import MAX_PIECE_CHARS, MAX_RUN_CHARS, pieces, special_names
+from router.prompt.tokenizer_files import special_names
+from router.prompt.tokenizer_tiktoken import MAX_PIECE_CHARS, MAX_RUN_CHARS, pieces
 
 SHARED = Path(os.environ.get("HERD_SHARED_DIR", Path(__file__).parents[3] / "shared")) / "llama4"
 VECTORS: dict[str, Any] = (

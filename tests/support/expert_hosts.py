@@ -11,9 +11,9 @@ import torch
 from experts.errors import TransportError
 from experts.ffn import ExpertWeights
 from experts.host import ExpertHost
+from experts.link_terms import LinkTerms
 from experts.placement import ExpertKey
 from experts.transport.base import Segment, Shipment, Ticket, Transport
-from experts.wire.codec import LinkTerms
 
 HIDDEN = 8
 EXPERT_SIZE = 6
