@@ -28,6 +28,7 @@ from router.engine.kv_layout import KVLayout, plan_layout
 from router.engine.runner import ModelRunner, bytes_per_block
 from router.engine.scheduler import Scheduler, SchedulerConfig
 from router.kernels.native import choose_attend
+from router.kernels.sublayer import choose_attention
 from router.local_experts import LocalExperts
 from router.model.decoder import Decoder, Meter, RoutedExperts
 from router.prompt.stop_ids import default_stop_ids
@@ -115,7 +116,7 @@ def build_engine(
     arithmetic = choose_products(model, settings)
     attend = choose_attend(model.dtype, device, arithmetic)
     runner = ModelRunner(
-        Decoder(model.config, trunk, experts, arithmetic, attend, meter),
+        Decoder(model.config, trunk, experts, arithmetic, attend, meter, choose_attention),
         layout,
         eos_ids=sorted(model.eos_ids),
         images=_image_features(model, settings),

@@ -30,6 +30,13 @@ class Arithmetic(Protocol):
         """[R, H]: the first `counts[0]` rows through `experts[0]`, and so on. No count is 0."""
         ...
 
+    def choose(
+        self, x_TH: torch.Tensor, gate_EH: torch.Tensor, num_choices: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The gate's choice in one go: experts [T, K], ascending, and their scores; None: it is to be made of `linear`
+        and torch."""
+        ...
+
     def norm(self, x_TH: torch.Tensor, eps: float, weight_H: torch.Tensor) -> torch.Tensor:
         """The root-mean-square norm; see `rms_norm`."""
         ...
@@ -50,6 +57,11 @@ class PlainArithmetic:
     def ffn(self, rows_RH: torch.Tensor, counts: Sequence[int], experts: Sequence[ExpertWeights]) -> torch.Tensor:
         parts = torch.split(rows_RH, list(counts))
         return torch.cat([expert_ffn(weights, part) for weights, part in zip(experts, parts, strict=True)])
+
+    def choose(
+        self, x_TH: torch.Tensor, gate_EH: torch.Tensor, num_choices: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None
 
     def norm(self, x_TH: torch.Tensor, eps: float, weight_H: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_TH, eps, weight_H)
@@ -82,6 +94,11 @@ class TiledArithmetic:
         return torch.cat(
             [self._ffn_of_one(weights, part) for weights, part in zip(experts, parts, strict=True)],
         )
+
+    def choose(
+        self, x_TH: torch.Tensor, gate_EH: torch.Tensor, num_choices: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None
 
     def norm(self, x_TH: torch.Tensor, eps: float, weight_H: torch.Tensor) -> torch.Tensor:
         [y_TH] = self.by_rows(lambda x: (rms_norm(x, eps, weight_H),), x_TH)

@@ -40,9 +40,16 @@ class LoadWindow:
 
     def record(self, segments: Iterable[Segment], seconds: float) -> None:
         """Count one computed shipment of `segments` that took `seconds`."""
+        rows: dict[ExpertKey, int] = {}
+        for segment in segments:
+            rows[segment.key] = rows.get(segment.key, 0) + segment.num_rows
+        self.count(rows, seconds)
+
+    def count(self, rows: Mapping[ExpertKey, int], seconds: float) -> None:
+        """Count one computation of so many rows of each expert."""
         with self._lock:
-            for segment in segments:
-                self._rows[segment.key] = self._rows.get(segment.key, 0) + segment.num_rows
+            for key, num_rows in rows.items():
+                self._rows[key] = self._rows.get(key, 0) + num_rows
             self._num_shipments += 1
             self._compute_s += seconds
 

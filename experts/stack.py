@@ -78,7 +78,9 @@ def every_product(x_RK: torch.Tensor, weights_ENK: torch.Tensor, ends_E: torch.T
 def _can_group(x_RK: torch.Tensor, weights_ENK: torch.Tensor) -> bool:
     """The kernel wants bfloat16 and rows of whole 16 bytes."""
     is_even = not (x_RK.shape[1] % 8 or weights_ENK.shape[1] % 8)
-    return x_RK.is_cuda and x_RK.dtype is torch.bfloat16 and is_even and _capability_major(x_RK.device) in GROUPED_MAJORS
+    return (
+        x_RK.is_cuda and x_RK.dtype is torch.bfloat16 and is_even and _capability_major(x_RK.device) in GROUPED_MAJORS
+    )
 
 
 @cache

@@ -43,7 +43,9 @@ class StackedExperts:
     def experts(self) -> dict[ExpertKey, ExpertWeights]:
         """Every expert, as views of the stacks."""
         return {
-            (layer, expert): stack.expert(expert) for layer, stack in self._stacks.items() for expert in range(len(stack))
+            (layer, expert): stack.expert(expert)
+            for layer, stack in self._stacks.items()
+            for expert in range(len(stack))
         }
 
     def rows(self) -> dict[ExpertKey, int]:

@@ -82,7 +82,7 @@ def _cache_dirs() -> Sequence[Path]:
 
 def _private_folder(folders: Sequence[Path], name: str) -> Path:
     """The first that can be used, to write or because `name` is there already; raises what is wrong with the first."""
-    errors = []
+    errors: list[OSError] = []
     for folder in folders:
         try:
             _make_private(folder)

@@ -5,6 +5,7 @@
 // that no other row takes part in, so neither the number of rows nor that of threads changes a bit of it.
 //
 // Letters: M rows, N outputs, K inputs, E experts, F their width, H hidden size.
+#include <math.h>
 #include <omp.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -158,7 +159,7 @@ static __m512 swiglu(__m512 gate, __m512 up) {
 
 // ---- work of all threads
 
-enum { TILES, MIDDLE, ROOMS };
+enum { TILES, MIDDLE, ROWS, RESULTS, LOGITS, ROOMS };
 typedef struct { char *at; size_t bytes; } Room;
 static pthread_key_t rooms_key;
 
@@ -265,4 +266,64 @@ void herd_ffn(const bf16 *x, bf16 *y, const long *counts, const bf16 *const *gat
         }
         end();
     }
+}
+
+// ---- the gate and the routed experts of a layer
+
+// The K largest of E logits, ties to the smaller expert, in ascending order of experts; scores are sigmoids in float32.
+static void choose(const bf16 *logits, long E, long K, long *expert, bf16 *score) {
+    for (long k = 0; k < K; k++) {
+        long best = -1;
+        for (long e = 0; e < E; e++) {
+            int taken = 0;
+            for (long j = 0; j < k; j++) taken |= expert[j] == e;
+            if (!taken && (best < 0 || one(logits[e]) > one(logits[best]))) best = e;
+        }
+        expert[k] = best;
+    }
+    for (long k = 1; k < K; k++)
+        for (long j = k; j > 0 && expert[j - 1] > expert[j]; j--) {
+            long other = expert[j];
+            expert[j] = expert[j - 1];
+            expert[j - 1] = other;
+        }
+    for (long k = 0; k < K; k++) score[k] = rounded_one(1.0f / (1.0f + expf(-one(logits[expert[k]]))));
+}
+
+// experts and scores [T, K] of rows x[T, H] by the gate [E, H].
+void herd_choose(const bf16 *x, const bf16 *gate, long *experts, bf16 *scores, long T, long H, long E, long K, int threads) {
+    bf16 *logits = (bf16 *)scratch(LOGITS, T * E * sizeof(bf16));
+    herd_linear(x, gate, logits, T, E, H, threads);
+    for (long t = 0; t < T; t++) choose(logits + t * E, E, K, experts + t * K, scores + t * K);
+}
+
+// y[T, H]: the sum over a token's K experts, ascending, of their networks on its row times its score. All E experts have
+// their matrices in gate_up and down; counts[E] gets the rows of each.
+void herd_routed(const bf16 *x, const long *experts, const bf16 *scores, const bf16 *const *gate_up, const bf16 *const *down,
+                 bf16 *y, long *counts, long T, long K, long E, long H, long F, int threads) {
+    long rows = T * K, touched = 0, at[E], own[E];
+    const bf16 *touched_gate_up[E], *touched_down[E];
+    memset(counts, 0, E * sizeof(long));
+    for (long r = 0; r < rows; r++) counts[experts[r]]++;
+    for (long e = 0, first = 0; e < E; first += counts[e], e++) {
+        at[e] = first;
+        if (!counts[e]) continue;
+        own[touched] = counts[e];
+        touched_gate_up[touched] = gate_up[e];
+        touched_down[touched++] = down[e];
+    }
+    bf16 *scaled = (bf16 *)scratch(ROWS, rows * H * sizeof(bf16)), *results = (bf16 *)scratch(RESULTS, rows * H * sizeof(bf16));
+    long place[rows];
+    for (long r = 0; r < rows; r++) {
+        place[r] = at[experts[r]]++;
+        __m512 score = _mm512_set1_ps(one(scores[r]));
+        for (long h = 0; h < H; h += SIDE) store(scaled + place[r] * H + h, _mm512_mul_ps(load(x + r / K * H + h), score));
+    }
+    herd_ffn(scaled, results, own, touched_gate_up, touched_down, touched, H, F, threads);
+    for (long t = 0; t < T; t++)
+        for (long h = 0; h < H; h += SIDE) {
+            __m512 sum = load(results + place[t * K] * H + h);
+            for (long k = 1; k < K; k++) sum = _mm512_add_ps(sum, load(results + place[t * K + k] * H + h));
+            store(y + t * H + h, sum);
+        }
 }

@@ -47,6 +47,11 @@ class NativeArithmetic:
         self._norms = norms
         self._plain = PlainArithmetic()
 
+    @property
+    def functions(self) -> tuple[object, object]:
+        """For callers in C: norm and linear."""
+        return (self._norms.herd_norm, self._products.herd_linear)
+
     def linear(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         (num_rows, num_in), num_out = x_TK.shape, weight_NK.shape[0]
         if num_rows > MAX_ROWS or num_in % STEP or num_out % STRIP or not weight_NK.is_contiguous():
@@ -96,10 +101,80 @@ class NativeArithmetic:
         )
         return y_TH
 
+    def choose(
+        self, x_TH: torch.Tensor, gate_EH: torch.Tensor, num_choices: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Experts [T, K], ascending, and their scores by the logits x gate^T; None where shapes do not fit."""
+        (num_rows, hidden), num_experts = x_TH.shape, gate_EH.shape[0]
+        if num_rows > MAX_ROWS or hidden % STEP or num_experts % STRIP or not gate_EH.is_contiguous():
+            return None
+        x_TH = x_TH.contiguous()
+        expert_TK = torch.empty((num_rows, num_choices), dtype=torch.int64)
+        score_TK = torch.empty((num_rows, num_choices), dtype=x_TH.dtype)
+        self._products.herd_choose(
+            x_TH.data_ptr(),
+            gate_EH.data_ptr(),
+            expert_TK.data_ptr(),
+            score_TK.data_ptr(),
+            num_rows,
+            hidden,
+            num_experts,
+            num_choices,
+            torch.get_num_threads(),
+        )
+        return expert_TK, score_TK
+
+    def routed(
+        self, x_TH: torch.Tensor, expert_TK: torch.Tensor, score_TK: torch.Tensor, layer: LayerOfExperts
+    ) -> tuple[torch.Tensor, list[int]] | None:
+        """The sum per token of its experts on its row times their scores, and the rows of each expert; None where
+        shapes do not fit."""
+        num_rows, num_choices = expert_TK.shape
+        num_experts = len(layer.gate_up)
+        if num_rows * num_choices > MAX_ROWS_PER_EXPERT or x_TH.shape[1] != layer.hidden:
+            return None
+        x_TH = x_TH.contiguous()
+        y_TH = torch.empty_like(x_TH)
+        counts = (ctypes.c_long * num_experts)()
+        self._products.herd_routed(
+            x_TH.data_ptr(),
+            expert_TK.data_ptr(),
+            score_TK.data_ptr(),
+            layer.gate_up,
+            layer.down,
+            y_TH.data_ptr(),
+            counts,
+            num_rows,
+            num_choices,
+            num_experts,
+            layer.hidden,
+            layer.width,
+            torch.get_num_threads(),
+        )
+        return y_TH, list(counts)
+
     def by_rows(
         self, function: Callable[..., tuple[torch.Tensor, ...]], *rows: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         return function(*rows)
+
+
+class LayerOfExperts:
+    """All experts of one layer as `NativeArithmetic.routed` reads them."""
+
+    def __init__(self, experts: Sequence[ExpertWeights]) -> None:
+        assert self.fits(experts), "ask `fits` first"
+        self.hidden, self.width = experts[0].down_HF.shape
+        self.gate_up = (ctypes.c_void_p * len(experts))(*(one.gate_up_FH.data_ptr() for one in experts))
+        self.down = (ctypes.c_void_p * len(experts))(*(one.down_HF.data_ptr() for one in experts))
+        self._kept = tuple(experts)  # What the pointers point to.
+
+    @staticmethod
+    def fits(experts: Sequence[ExpertWeights]) -> bool:
+        """Whether the kernel can read them."""
+        hidden, width = experts[0].down_HF.shape
+        whole = all(_is_plain(one, hidden, width) for one in experts)
+        return whole and not hidden % STEP and not width % STEP
 
 
 def _is_plain(weights: ExpertWeights, hidden: int, width: int) -> bool:
@@ -124,7 +199,9 @@ def load_products(flags: Sequence[str]) -> ctypes.CDLL | None:
     library = load(HERE / "few_rows.c", flags=flags)
     if library is not None:
         declare(library, "herd_linear", [POINTER, POINTER, POINTER, NUMBER, NUMBER, NUMBER, THREADS])
-        declare(library, "herd_ffn", [POINTER, POINTER, POINTER, POINTER, POINTER, NUMBER, NUMBER, NUMBER, THREADS])
+        declare(library, "herd_ffn", [*[POINTER] * 5, *[NUMBER] * 3, THREADS])
+        declare(library, "herd_choose", [*[POINTER] * 4, *[NUMBER] * 4, THREADS])
+        declare(library, "herd_routed", [*[POINTER] * 7, *[NUMBER] * 5, THREADS])
     return library
 
 

@@ -11,6 +11,13 @@ static inline __m512 widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_e
 
 static inline __m512 load(const bf16 *from) { return widen(_mm256_loadu_si256((const __m256i *)from)); }
 
+static inline float one(bf16 v) {
+    union { uint32_t bits; float number; } u = {.bits = (uint32_t)v << 16};
+    return u.number;
+}
+
+static inline bf16 rounded_one(float v) { return (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set1_ps(v)), 0); }
+
 // As a bfloat16 would have it.
 static inline __m512 rounded(__m512 v) { return widen((__m256i)_mm512_cvtneps_pbh(v)); }
 

@@ -41,6 +41,11 @@ class NativeAttend:
         self._turn = turn
         self._flash = FlashAttend()
 
+    @property
+    def functions(self) -> tuple[object, object]:
+        """For callers in C: turn and decode."""
+        return (self._turn.herd_turn, self._decode.herd_decode)
+
     def place(
         self,
         heads_TPD: torch.Tensor,

@@ -7,9 +7,9 @@ Shape letters: T packed tokens, P rows that are patches of images, S sampled row
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -19,8 +19,8 @@ from experts.arithmetic import Arithmetic, PlainArithmetic
 from experts.config import ModelConfig
 from experts.placement import ExpertKey
 from router.gate import gate
-from router.model.attend import Attend, PlainAttend, Turn
-from router.model.attention import attention
+from router.model.attend import Attend, PlainAttend
+from router.model.attention import Attention, Place, Sublayer
 from router.model.kv_store import KVStore
 from router.model.rope import inverse_frequencies, rotations, temperatures
 from router.model.spans import Span, close_up
@@ -92,9 +92,7 @@ class _Rows:
     """The rows still in the step; shrinks when experts are away. `live` holds the spans' original indices."""
 
     x_TH: torch.Tensor
-    batch: PackedBatch
-    rotation: torch.Tensor
-    temperature: torch.Tensor
+    place: Place
     live: tuple[int, ...]
     lost: dict[int, frozenset[ExpertKey]] = field(default_factory=dict)
 
@@ -102,7 +100,8 @@ class _Rows:
 class Decoder:
     """The trunk with its weights. One instance serves any number of forwards, which may be interleaved.
 
-    `arithmetic` and `attend` say how products and attention are computed; the plain ones are the readable ones.
+    `arithmetic` and `attend` say how products and attention are computed; the plain ones are the readable ones. `fuse`
+    may put something faster in the place of the attention sublayer.
     """
 
     def __init__(
@@ -113,30 +112,33 @@ class Decoder:
         arithmetic: Arithmetic | None = None,
         attend: Attend | None = None,
         meter: Meter | None = None,
+        fuse: Callable[[ModelConfig, Sublayer], Attention] = lambda _config, plain: plain,
     ) -> None:
         self.config = config
         self.weights = weights
         self.experts = experts
         self._arithmetic = arithmetic or PlainArithmetic()
-        self._attend = attend or PlainAttend()
+        self._attention = fuse(config, Sublayer(config, self._arithmetic, attend or PlainAttend()))
         self.meter = meter or NoMeter()
         self._inverse_frequency = inverse_frequencies(config).to(weights.device)
 
     def forward(self, batch: PackedBatch, store: KVStore) -> Forward:
         """Run `batch` through all layers, writing keys and values to `store`."""
         rotation, temperature = self._arithmetic.by_rows(self._turns, batch.positions_T)
-        rows = _Rows(
-            x_TH=self._embed(batch),
-            batch=batch,
+        place = Place(
+            spans=batch.spans,
+            global_slots_T=batch.global_slots_T,
+            local_slots_T=batch.local_slots_T,
             rotation=rotation,
             temperature=temperature,
-            live=tuple(range(len(batch.spans))),
+            store=store,
         )
+        rows = _Rows(x_TH=self._embed(batch), place=place, live=tuple(range(len(batch.spans))))
         for layer, weights in enumerate(self.weights.layers):
             if not rows.live:
                 break
             with self.meter.time("attention"):
-                rows.x_TH = rows.x_TH + self._attention(layer, weights, rows, store)
+                rows.x_TH = self._attention(rows.x_TH, layer, weights, rows.place)
             normed_TH = self._arithmetic.norm(rows.x_TH, self.config.norm_eps, weights.ffn_norm_H)
             if weights.gate_EH is None:
                 rows.x_TH = rows.x_TH + self._ffn(weights, normed_TH)
@@ -148,14 +150,19 @@ class Decoder:
             rows.x_TH = rows.x_TH + (shared_TH + combined.y_TH)
             if combined.lost:
                 _drop_lost(rows, combined)
-        return self._head(rows)
+        return self._head(rows, batch.samples)
 
     def _turns(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rotations(positions_T, self._inverse_frequency), temperatures(positions_T, self.config)
 
     def _gate(self, x_TH: torch.Tensor, gate_EH: torch.Tensor) -> Routing:
+        num_choices = self.config.experts_per_token
+        chosen = self._arithmetic.choose(x_TH, gate_EH, num_choices)
+        if chosen is not None:
+            return Routing(expert_TK=chosen[0], score_TK=chosen[1])
+
         def choose(logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            routing = gate(logits_TE, self.config.experts_per_token)
+            routing = gate(logits_TE, num_choices)
             return routing.expert_TK, routing.score_TK
 
         expert_TK, score_TK = self._arithmetic.by_rows(choose, self._arithmetic.linear(x_TH, gate_EH))
@@ -172,30 +179,9 @@ class Decoder:
             return x_TH
         return x_TH.index_copy_(0, batch.image_rows_P, batch.image_features_PH.to(x_TH.dtype))
 
-    def _attention(self, layer: int, weights: LayerWeights, rows: _Rows, store: KVStore) -> torch.Tensor:
-        batch = rows.batch
-        return attention(
-            rows.x_TH,
-            layer,
-            weights,
-            self.config,
-            batch.spans,
-            batch.local_slots_T if self.config.chunked_layers[layer] else batch.global_slots_T,
-            self._turn(layer, rows),
-            store,
-            self._arithmetic,
-            self._attend,
-        )
-
-    def _turn(self, layer: int, rows: _Rows) -> Turn:
-        config = self.config
-        if config.rope_layers[layer]:
-            return Turn(rotation=rows.rotation, norm_eps=config.norm_eps if config.use_qk_norm else None)
-        return Turn(temperature=rows.temperature if config.attn_temperature_tuning else None)
-
-    def _head(self, rows: _Rows) -> StepOutput:
-        wanted = [index for index, span in enumerate(rows.live) if span in rows.batch.samples]
-        last = [rows.batch.spans[index].row + rows.batch.spans[index].count - 1 for index in wanted]
+    def _head(self, rows: _Rows, samples: Sequence[int]) -> StepOutput:
+        wanted = [index for index, span in enumerate(rows.live) if span in samples]
+        last = [rows.place.spans[index].row + rows.place.spans[index].count - 1 for index in wanted]
         logits_SV = self.weights.head_VH.new_empty((0, self.config.vocab_size))
         if last:
             x_SH = self._arithmetic.norm(rows.x_TH[last], self.config.norm_eps, self.weights.norm_H)
@@ -214,7 +200,7 @@ def _drop_lost(rows: _Rows, combined: Combined) -> None:
     """
     kept: list[int] = []
     keep_rows: list[int] = []
-    for index, span in enumerate(rows.batch.spans):
+    for index, span in enumerate(rows.place.spans):
         span_rows = range(span.row, span.row + span.count)
         missing = frozenset(key for row in span_rows for key in combined.lost.get(row, ()))
         if missing:
@@ -223,22 +209,16 @@ def _drop_lost(rows: _Rows, combined: Combined) -> None:
             kept.append(index)
             keep_rows.extend(span_rows)
     rows.x_TH = rows.x_TH[keep_rows]
-    rows.rotation = rows.rotation[keep_rows]
-    rows.temperature = rows.temperature[keep_rows]
-    rows.batch = _select(rows.batch, kept, keep_rows)
-    rows.live = tuple(rows.live[index] for index in kept)
-
-
-def _select(batch: PackedBatch, spans: Sequence[int], rows: list[int]) -> PackedBatch:
-    """The batch without the other spans. Image features have done their part by the first dispatch: none are kept."""
-    return PackedBatch(
-        ids_T=batch.ids_T[rows],
-        positions_T=batch.positions_T[rows],
-        global_slots_T=batch.global_slots_T[rows],
-        local_slots_T=batch.local_slots_T[rows],
-        spans=tuple(close_up([batch.spans[index] for index in spans])),
-        samples=batch.samples,
+    place = rows.place
+    rows.place = replace(
+        place,
+        spans=tuple(close_up([place.spans[index] for index in kept])),
+        global_slots_T=place.global_slots_T[keep_rows],
+        local_slots_T=place.local_slots_T[keep_rows],
+        rotation=place.rotation[keep_rows],
+        temperature=place.temperature[keep_rows],
     )
+    rows.live = tuple(rows.live[index] for index in kept)
 
 
 def run(*forwards: Forward) -> list[StepOutput]:

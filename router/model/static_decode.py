@@ -126,9 +126,7 @@ class StaticStep:
         normed_BH = rms_norm(self._x_BH, config.norm_eps, weights.attention_norm_H)
         heads_BPD = F.linear(normed_BH, weights.qkv_PH).view(len(normed_BH), -1, config.head_dim)
         keys_SGD, values_SGD = self._store.layer(layer)
-        query_BND = self._place.place(
-            heads_BPD, config.num_heads, self._turn(layer), keys_SGD, values_SGD, seen.own_B
-        )
+        query_BND = self._place.place(heads_BPD, config.num_heads, self._turn(layer), keys_SGD, values_SGD, seen.own_B)
         mixed_BND = attend_gathered(query_BND, keys_SGD, values_SGD, seen)
         self._x_BH = self._x_BH + F.linear(mixed_BND.flatten(1), weights.out_HQ)
         self._normed_BH = rms_norm(self._x_BH, config.norm_eps, weights.ffn_norm_H)

@@ -37,7 +37,7 @@ class DecodeInputs:
         self.flat = torch.zeros(shape.size, dtype=torch.int64, device=device)
         batch = shape.batch
         sizes = [batch, batch, batch, *(batch * count for count in shape.num_blocks)]
-        self.ids_B, self.positions_B, self.live_B, *tables = self.flat.split(sizes)
+        self.ids_B, self.positions_B, self.live_B, *tables = torch.split(self.flat, sizes)
         self.tables_BM = tuple(table.view(batch, count) for table, count in zip(tables, shape.num_blocks, strict=True))
 
 

@@ -125,9 +125,7 @@ def test_linear(
     width=st.integers(1, 9),
     threads=st.sampled_from([1, 1, 2, 3]),
 )
-def test_ffn(
-    kernels: NativeArithmetic, seed: int, counts: list[int], hidden: int, width: int, threads: int
-) -> None:
+def test_ffn(kernels: NativeArithmetic, seed: int, counts: list[int], hidden: int, width: int, threads: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     experts = [random_expert(generator, 32 * hidden, 32 * width) for _ in counts]
     rows_RH = torch.randn(sum(counts), 32 * hidden, generator=generator).to(BF16)

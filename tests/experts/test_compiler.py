@@ -210,9 +210,7 @@ def test_processes_that_compile_the_same_at_once(source: Path, cache_dir: Path) 
         "print(compiler.load(Path(sys.argv[1]), cache_dir=Path(sys.argv[2])).herd_answer())\n"
     )
     command = [sys.executable, "-c", script, str(source), str(cache_dir)]
-    processes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)
-    ]
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     for process in processes:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
     outputs = []
