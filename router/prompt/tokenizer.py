@@ -6,13 +6,13 @@ Text is always plain: a special token's name inside it is spelled in ordinary to
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from experts.errors import CheckpointError, InvalidInput
+from experts.model_files import read_json
 from router.prompt.byte_alphabet import to_chars
 from router.prompt.tokenizer_json import JsonVocabulary
 from router.prompt.tokenizer_tiktoken import RankVocabulary
@@ -150,22 +150,6 @@ class Detokenizer:
     def finish(self) -> str:
         """What is left at the end: a replacement character when the stream broke off inside a character."""
         return self._utf8.decode(b"", final=True)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in the file at `path`, or None when there is no such file.
-
-    Raises CheckpointError, which names the file but not its folder.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(path.name, f"cannot be read as JSON ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(path.name, "must hold a JSON object")
-    return content
 
 
 def _named_specials(config: Mapping[str, Any]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 import tiktoken
 
 from experts.errors import CheckpointError
+from experts.model_files import read_file, why
 
 MAX_FILE_BYTES = 64 << 20
 MAX_PIECE_CHARS = 400_000
@@ -113,11 +114,9 @@ def _reserved(family: str, first: int, end: int) -> list[str]:
 def _read_tokens(path: Path) -> list[bytes]:
     """Tokens in the order of their ranks."""
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise CheckpointError(path.name, f"must have at most {MAX_FILE_BYTES} bytes")
-        lines = path.read_bytes().splitlines()
+        lines = read_file(path, MAX_FILE_BYTES).splitlines()
     except OSError as error:
-        raise CheckpointError(path.name, f"cannot be read ({type(error).__name__})") from error
+        raise CheckpointError(path.name, f"cannot be read: {why(error)}") from error
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, start=1):
         if line:
