@@ -85,6 +85,11 @@ class _Generator(CodeGenerator):
             raise nodes.Impossible
         return super()._output_child_to_const(node, frame, finalize)
 
+    def visit_EvalContextModifier(self, node: nodes.EvalContextModifier, frame: Frame) -> None:
+        if not all(isinstance(option.value, nodes.Const) for option in node.options):
+            self.fail("autoescape must be true or false", node.lineno)
+        super().visit_EvalContextModifier(node, frame)
+
 
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox with the names that chat templates use."""
