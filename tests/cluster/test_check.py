@@ -17,12 +17,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 from cluster.check import Report, check_folder
 from cluster.check_report import as_json, as_text, require_fit
 from cluster.cli import main
 from cluster.config import parse_settings
+from cluster.local import open_model
 from cluster.preflight import check_model
 from cluster.tiny import make_tiny
 from experts.checkpoint import Checkpoint
@@ -616,6 +618,15 @@ def test_an_odd_folder_is_served_with_a_note_at_most(folder: Path, name: str) ->
     assert tuple(finding.file for finding in report.findings) == files, list(map(str, report.findings))
     check_model(parse_settings({"model_dir": str(folder)}))
     Checkpoint(folder).digest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_dtype_in_the_config_the_weights_decide(folder: Path, dtype: torch.dtype) -> None:
+    in_json("config.json", lambda config: [part.pop("dtype", None) for part in (config, config["text_config"])])(folder)
+    for file in (FIRST, SECOND):
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(folder / file).items()}, folder / file)
+    assert open_model(folder).dtype is dtype
+    assert open_model(folder, "float16").dtype is torch.float16
 
 
 def test_one_file_wins_over_an_index_as_in_transformers(folder: Path) -> None:
