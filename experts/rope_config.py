@@ -32,8 +32,9 @@ def parse_rope(fields: Fields, *, default_theta: float, max_position: int) -> tu
     if rope.raw and (_KEYS.isdisjoint(rope.raw) or any(isinstance(value, Mapping) for value in rope.raw.values())):
         raise fields.error(name, "must be one set of rotary parameters for all layers")
     theta = rope.positive("rope_theta", fields.positive("rope_theta", default_theta))
-    if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise rope.error("partial_rotary_factor", "must be 1")
+    part = rope if "partial_rotary_factor" in rope.raw else fields
+    if part.number("partial_rotary_factor", 1.0) != 1.0:
+        raise part.error("partial_rotary_factor", "must be 1")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
