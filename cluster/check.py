@@ -13,19 +13,19 @@ from experts.checkpoint import misfits
 from experts.config import ModelConfig, parse_config
 from experts.errors import CheckpointError, InvalidInput
 from experts.findings import Finding, Severity, errors, from_error, shown
+from experts.model_files import MAX_JSON_BYTES, read_file, read_json, why
 from experts.strict_json import parse_strictly
-from experts.tensor_names import expected_tensors
+from experts.tensor_names import expected_tensors, optional_tensors
 from experts.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles, scan_weights
 from router.api.defaults import ServingDefaults
 from router.prompt.chat import ChatTemplate
 from router.prompt.images.processor_config import read_settings
 from router.prompt.images.tokens import ImageTokens
 from router.prompt.stop_ids import GENERATION_FILE, default_stop_ids
+from router.prompt.template_files import TEMPLATE_FILE
 from router.prompt.tokenizer import Tokenizer
-from router.prompt.tokenizer_files import read_json
 
 CONFIG_FILE = "config.json"
-MAX_CONFIG_BYTES = 25_000_000
 MAX_CONFIG_FINDINGS = 64
 
 _IMAGE_TOKENS = (
@@ -64,7 +64,7 @@ def check_folder(model_dir: Path) -> Report:
         findings += _tensor_findings(weights, config)
     tokenizer = _tried(findings, "a byte-level tokenizer", lambda: Tokenizer.from_folder(model_dir))
     if tokenizer is not None:
-        _tried(findings, "a chat template that compiles", lambda: ChatTemplate.from_folder(model_dir, tokenizer))
+        findings += _template_findings(model_dir, tokenizer)
     if tokenizer is not None and config is not None:
         findings += _id_findings(tokenizer, config)
     defaults = _tried(findings, "defaults that can be followed", lambda: _defaults(model_dir))
@@ -95,12 +95,9 @@ def _tried(findings: list[Finding], expected: str, read: Callable[[], _Read]) ->
 def _config(model_dir: Path, findings: list[Finding]) -> ModelConfig | None:
     """The config if there is nothing wrong with it."""
     try:
-        if (model_dir / CONFIG_FILE).stat().st_size > MAX_CONFIG_BYTES:
-            raise OSError(f"more than {MAX_CONFIG_BYTES} bytes")
-        content = parse_strictly((model_dir / CONFIG_FILE).read_bytes())
+        content = parse_strictly(read_file(model_dir / CONFIG_FILE, MAX_JSON_BYTES))
     except OSError as error:
-        found = error.strerror or str(error)
-        findings.append(Finding(file=CONFIG_FILE, expected="a file that can be read", found=found))
+        findings.append(Finding(file=CONFIG_FILE, expected="a file that can be read", found=why(error)))
         return None
     for expected, found in content.faults:
         findings.append(Finding(file=CONFIG_FILE, expected=expected, found=found))
@@ -152,11 +149,25 @@ def _tensor_findings(weights: WeightFiles, config: ModelConfig) -> Iterator[Find
             yield from misfits(entry, shape)
         elif name not in weights.promised and not weights.may_hold(name):
             yield Finding(file=file, subject=name, expected=f"a tensor of shape {list(shape)}", found="none")
-    extra = [name for name in weights.entries if name not in expected]
+    optional = {name: shape for name, shape in optional_tensors(config).items() if name in weights.entries}
+    for name, shape in optional.items():
+        yield from misfits(weights.entries[name], shape)
+    extra = [name for name in weights.entries if name not in expected and name not in optional]
     if extra:
         found = f"{len(extra)} more, which are not used, such as {extra[0]}"
         expected_text = "the tensors of this config"
         yield Finding(file=file, expected=expected_text, found=found, severity=Severity.NOTE)
+
+
+def _template_findings(model_dir: Path, tokenizer: Tokenizer) -> Iterator[Finding]:
+    try:
+        template = ChatTemplate.from_folder(model_dir, tokenizer)
+    except CheckpointError as error:
+        yield from_error(error, "a chat template that compiles")
+        return
+    if template.is_built_in:
+        expected, found = "a chat template", "none: chats are written in Llama 4's own format"
+        yield Finding(file=TEMPLATE_FILE, expected=expected, found=found, severity=Severity.NOTE)
 
 
 def _id_findings(tokenizer: Tokenizer, config: ModelConfig) -> Iterator[Finding]:
@@ -202,7 +213,8 @@ def _stop_findings(model_dir: Path, config: ModelConfig) -> Iterator[Finding]:
         return
     outside = sorted(token for token in ids if token >= config.vocab_size)
     if outside:
+        # Of no others would any answer ever end by itself.
+        severity = Severity.ERROR if len(outside) == len(ids) else Severity.NOTE
         expected, found = f"end tokens below vocab_size {config.vocab_size}", shown(outside)
-        yield Finding(
-            file=GENERATION_FILE, subject="eos_token_id", expected=expected, found=found, severity=Severity.NOTE
-        )
+        file = GENERATION_FILE if (model_dir / GENERATION_FILE).exists() else CONFIG_FILE
+        yield Finding(file=file, subject="eos_token_id", expected=expected, found=found, severity=severity)

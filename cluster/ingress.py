@@ -17,6 +17,7 @@ from cluster.metrics import IngressNumbers, MetricsPage, ingress_families
 from experts.config import load_config
 from experts.errors import RouterLost
 from experts.grpc_control import MemberLink
+from experts.model_files import read_json
 from experts.placement import ClusterView
 from experts.reports import MemberKind, MemberReport
 from router.api.backend import EventStream
@@ -29,7 +30,6 @@ from router.prompt.chat import ChatTemplate
 from router.prompt.images.vision import Vision
 from router.prompt.stop_ids import GENERATION_FILE, default_stop_ids
 from router.prompt.tokenizer import Tokenizer
-from router.prompt.tokenizer_files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -180,10 +180,13 @@ def _http_app(
     defaults = ServingDefaults.from_generation_config(read_json(model_dir / GENERATION_FILE), eos_ids)
     for field, problem in defaults.unfollowed:
         log.warning("%s: %s %s", GENERATION_FILE, field, problem)
+    template = ChatTemplate.from_folder(model_dir, tokenizer)
+    if template.is_built_in:
+        log.warning("the checkpoint has no chat template: chats are written in Llama 4's own format")
     return build_app(
         served_names=[settings.model_name],
         tokenizer=tokenizer,
-        template=ChatTemplate.from_folder(model_dir, tokenizer),
+        template=template,
         backend=backend,
         defaults=defaults,
         vision=vision,

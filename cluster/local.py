@@ -60,11 +60,12 @@ class Model:
 
 def open_model(model_dir: Path, dtype: str = "auto") -> Model:
     """Read config and tensor tables, no weights. `dtype` "auto" is the checkpoint's own. Raises CheckpointError."""
-    config = load_config(model_dir)
+    config, checkpoint = load_config(model_dir), Checkpoint(model_dir)
+    named = config.dtype if dtype == "auto" else dtype
     return Model(
         config=config,
-        checkpoint=Checkpoint(model_dir),
-        dtype=getattr(torch, config.dtype if dtype == "auto" else dtype),
+        checkpoint=checkpoint,
+        dtype=getattr(torch, named) if named else checkpoint.dtype(),
         # Ids outside of the vocabulary, as configs of cut-down models have them, never come.
         eos_ids=default_stop_ids(model_dir, config.eos_token_ids).intersection(range(config.vocab_size)),
     )

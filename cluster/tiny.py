@@ -19,8 +19,8 @@ from cluster.tiny_weights import random_weights, steer
 from experts.config import parse_config
 from experts.errors import InvalidInput
 from experts.tensor_names import expected_tensors
-from router.prompt.chat import TEMPLATE_FILE
 from router.prompt.images.processor_config import IMAGE_FILE, PROCESSOR_FILE
+from router.prompt.template_files import TEMPLATE_FILE
 from router.prompt.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE
 
 KINDS = ("scout", "maverick", "guard")

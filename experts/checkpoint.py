@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ class Checkpoint:
         """The whole tensor, in the file's dtype; `shape` is what the config makes us expect."""
         self._expect(name, shape)
         return self._read(name, None)
+
+    def dtype(self) -> torch.dtype:
+        """The type that most of the weights' bytes are in; float32 for what is wider."""
+        num_bytes: Counter[str] = Counter()
+        for entry in self.entries.values():
+            if entry.dtype in WEIGHT_DTYPES:
+                num_bytes[entry.dtype] += entry.end - entry.begin
+        most = max(num_bytes, key=num_bytes.__getitem__, default="F32")
+        return {"BF16": torch.bfloat16, "F16": torch.float16}.get(most, torch.float32)
 
     def row(self, name: str, index: int, shape: tuple[int, ...]) -> torch.Tensor:
         """`tensor[index]` along the first dimension, without reading the others; `shape` is the whole's."""

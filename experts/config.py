@@ -5,7 +5,6 @@ Fields that would change the function and are not supported are refused by name,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from experts.errors import CheckpointError, InvalidInput
 from experts.fields import MAX_LAYERS, Fields, is_int
+from experts.model_files import read_json
 from experts.rope_config import RopeScaling, parse_rope
 from experts.vision_config import VisionConfig, parse_vision
 
@@ -52,7 +52,8 @@ class ModelConfig:
     attn_scale: float
     max_position: int
     tie_word_embeddings: bool
-    dtype: str
+    dtype: str | None
+    """None where the file does not say: that of the weights."""
     tensor_prefix: str
     """What precedes `model.` in tensor names: "language_model." or ""."""
     eos_token_ids: tuple[int, ...]
@@ -70,23 +71,12 @@ class ModelConfig:
 def load_config(model_dir: Path) -> ModelConfig:
     """Read `model_dir/config.json`. Raises CheckpointError naming the file and field."""
     raw = read_json(model_dir / "config.json")
+    if raw is None:
+        raise CheckpointError("config.json", "the file is missing")
     try:
         return parse_config(raw)
     except InvalidInput as error:
         raise CheckpointError("config.json", str(error)) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`; anything else is a CheckpointError that names the file."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(path.name, "the file is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(path.name, f"cannot be read as JSON: {type(error).__name__}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(path.name, "must hold a JSON object")
-    return raw
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -145,7 +135,7 @@ def _build(fields: Fields, top: Fields, prefix: str, vision: VisionConfig | None
         norm_eps=fields.number("rms_norm_eps", 1e-5),
         rope_theta=theta,
         rope_scaling=scaling,
-        attn_temperature_tuning=bool(fields.get("attn_temperature_tuning", True)),
+        attn_temperature_tuning=fields.switch("attn_temperature_tuning", True),
         floor_scale=fields.integer("floor_scale", 8192),
         attn_scale=fields.number("attn_scale", 0.1),
         max_position=max_position,
@@ -177,8 +167,10 @@ def _check_together(config: ModelConfig) -> None:
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    if raw.get("quantization_config"):
-        raise InvalidInput("quantization_config", raw["quantization_config"], "quantized weights are not supported")
+    for part in (raw, text):
+        if part.get("quantization_config"):
+            rule = "quantized weights are not supported"
+            raise InvalidInput("quantization_config", part["quantization_config"], rule)
     act = text.get("hidden_act", "silu")
     if act != "silu":
         raise InvalidInput("hidden_act", act, "only silu is supported")
@@ -223,7 +215,7 @@ def _special_token(top: Fields, name: str, default: int) -> int:
     return top.integer(f"{name}_index", top.integer(f"{name}_id", default, low=0), low=0)
 
 
-def _dtype(fields: Fields, top: Fields) -> str:
+def _dtype(fields: Fields, top: Fields) -> str | None:
     for source in (fields, top):
         for name in ("dtype", "torch_dtype"):
             value = source.get(name)
@@ -233,7 +225,7 @@ def _dtype(fields: Fields, top: Fields) -> str:
             if name_only not in DTYPES:
                 raise InvalidInput(name, value, f"must be one of {', '.join(DTYPES)}")
             return name_only
-    return "bfloat16"
+    return None
 
 
 def token_ids(field: str, value: object) -> tuple[int, ...]:

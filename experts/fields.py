@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from experts.errors import InvalidInput
 
 MAX_INTEGER = 2**63 - 1
+MAX_FLOAT = sys.float_info.max
+"""JSON's integers have no end; one above this is no float."""
 MAX_LAYERS = 10_000
 """Far above any model; lists as long as this are made before a file of weights is looked at."""
 
@@ -43,7 +46,7 @@ class Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.raw.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_FLOAT:
             raise InvalidInput(self._where + name, value, "must be a finite number ≥ 0")
         return float(value)
 
@@ -58,6 +61,13 @@ class Fields:
         if not isinstance(value, bool):
             raise InvalidInput(self._where + name, value, "must be true or false")
         return value
+
+    def switch(self, name: str, default: bool) -> bool:
+        """A flag that some writers spell as a number; 0 and null are off."""
+        value = self.raw.get(name, default)
+        if value is not None and (not isinstance(value, int) or value < 0):
+            raise InvalidInput(self._where + name, value, "must be true, false, an integer ≥ 0 or null")
+        return bool(value)
 
     def nested(self, name: str) -> Fields:
         """The fields of an object; none where it is null or missing."""

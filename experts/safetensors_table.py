@@ -132,8 +132,16 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 
 def _entry_findings(entry: TensorEntry, size: int) -> Iterator[Finding]:
-    num_bytes = -(-math.prod(entry.shape) * DTYPE_BITS[entry.dtype] // 8)
-    if entry.end - entry.begin != num_bytes:
+    # Other readers multiply in integers of fixed width, and a zero comes too late for them.
+    if math.prod(size for size in entry.shape if size) * DTYPE_BITS[entry.dtype] > MAX_SIZE:
+        expected = f"a shape that counts at most {MAX_SIZE} bits"
+        yield Finding(file=entry.file, subject=entry.name, expected=expected, found=shown(list(entry.shape)))
+        return
+    num_bytes, odd_bits = divmod(math.prod(entry.shape) * DTYPE_BITS[entry.dtype], 8)
+    if odd_bits:
+        expected, found = "whole bytes", f"{entry.dtype} {list(entry.shape)}, which ends inside of one"
+        yield Finding(file=entry.file, subject=entry.name, expected=expected, found=found)
+    elif entry.end - entry.begin != num_bytes:
         expected = f"{num_bytes} bytes for {entry.dtype} {list(entry.shape)}"
         yield Finding(file=entry.file, subject=entry.name, expected=expected, found=f"{entry.end - entry.begin} bytes")
     if entry.end > size:

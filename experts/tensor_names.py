@@ -12,6 +12,8 @@ from experts.vision_config import NUM_CHANNELS, VisionConfig
 
 Shape = tuple[int, ...]
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 def expected_tensors(config: ModelConfig) -> Mapping[str, Shape]:
     """Name → shape of every tensor of the checkpoint, as stored: trunk, routed experts and vision tower."""
@@ -22,15 +24,22 @@ def expected_tensors(config: ModelConfig) -> Mapping[str, Shape]:
     return shapes
 
 
+def optional_tensors(config: ModelConfig) -> Mapping[str, Shape]:
+    """The same of tensors that are used where a checkpoint has them: a head of its own wins over a tied one."""
+    if not config.tie_word_embeddings:
+        return {}
+    return {config.tensor_prefix + HEAD: (config.vocab_size, config.hidden_size)}
+
+
 def _text(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     vocabulary = (config.vocab_size, config.hidden_size)
-    yield "model.embed_tokens.weight", vocabulary
+    yield EMBEDDING, vocabulary
     for layer in range(config.num_layers):
         for name, shape in _text_layer(config, is_moe=layer in config.moe_layers):
             yield f"model.layers.{layer}.{name}", shape
     yield "model.norm.weight", (config.hidden_size,)
     if not config.tie_word_embeddings:
-        yield "lm_head.weight", vocabulary
+        yield HEAD, vocabulary
 
 
 def _text_layer(config: ModelConfig, *, is_moe: bool) -> Iterator[tuple[str, Shape]]:

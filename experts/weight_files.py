@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experts.findings import Finding, Severity, shown
+from experts.model_files import MAX_JSON_BYTES, read_file, why
 from experts.safetensors_table import TensorEntry, read_table
 from experts.strict_json import parse_strictly
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-MAX_INDEX_BYTES = 100_000_000
 MAX_FILES = 10_000
 MAX_TENSORS = 500_000
 
@@ -98,13 +98,10 @@ def _read_tables(
 
 
 def _read_index(model_dir: Path) -> _Index:
-    path = model_dir / INDEX_FILE
     try:
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            return _broken_index(f"at most {MAX_INDEX_BYTES} bytes", f"{path.stat().st_size} bytes")
-        content = parse_strictly(path.read_bytes())
+        content = parse_strictly(read_file(model_dir / INDEX_FILE, MAX_JSON_BYTES))
     except OSError as error:
-        return _broken_index("a file that can be read", error.strerror or type(error).__name__)
+        return _broken_index("a file that can be read", why(error))
     findings = [Finding(file=INDEX_FILE, expected=expected, found=found) for expected, found in content.faults]
     total_size, odd = _total_size(content.members.get("metadata", {}))
     weight_map = content.members.get("weight_map")

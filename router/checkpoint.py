@@ -7,7 +7,7 @@ import torch
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig
 from experts.ffn import ExpertWeights
-from experts.tensor_names import expected_tensors
+from experts.tensor_names import EMBEDDING, HEAD, expected_tensors, optional_tensors
 from router.model.vision import Affine, VisionLayerWeights, VisionWeights
 from router.model.weights import LayerWeights, TrunkWeights
 
@@ -15,13 +15,22 @@ from router.model.weights import LayerWeights, TrunkWeights
 def load_trunk(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> TrunkWeights:
     """Load the trunk in `dtype` to `device`. Raises CheckpointError naming a missing or misshapen tensor."""
     reader = _Reader(checkpoint, config, dtype, device)
-    embedding = reader.text("model.embed_tokens.weight")
+    embedding = reader.text(EMBEDDING)
     return TrunkWeights(
         embedding_VH=embedding,
         layers=tuple(_layer(reader, layer, layer in config.moe_layers) for layer in range(config.num_layers)),
         norm_H=reader.text("model.norm.weight"),
-        head_VH=embedding if config.tie_word_embeddings else reader.text("lm_head.weight"),
+        head_VH=_head(reader, embedding),
     )
+
+
+def _head(reader: _Reader, embedding_VH: torch.Tensor) -> torch.Tensor:
+    """The head of the file, which may differ from an embedding that the config ties it to; else that embedding."""
+    if not reader.has_text(HEAD):
+        return embedding_VH
+    head_VH = reader.text(HEAD)
+    # Equal ones share their memory.
+    return embedding_VH if torch.equal(head_VH, embedding_VH) else head_VH
 
 
 def load_vision(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> VisionWeights:
@@ -46,10 +55,16 @@ class _Reader:
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._checkpoint = checkpoint
-        self._shapes = expected_tensors(config)
+        # What may be absent is not looked for.
+        found = {name: shape for name, shape in optional_tensors(config).items() if name in checkpoint}
+        self._shapes = {**expected_tensors(config), **found}
         self._prefix = config.tensor_prefix
         self._dtype = dtype
         self._device = device
+
+    def has_text(self, name: str) -> bool:
+        """Whether `text` may be asked for a tensor."""
+        return self._prefix + name in self._shapes
 
     def text(self, name: str) -> torch.Tensor:
         """A tensor of the text model, whose names have a prefix in a multimodal checkpoint."""

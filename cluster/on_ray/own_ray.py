@@ -56,7 +56,8 @@ class OwnRay:
                 # Ray opens its folder to everybody; the one around it stays closed.
                 _temp_dir=str(self.folder / "r"),
             )
-        except (RuntimeError, ConnectionError, OSError, ValueError) as error:
+        # Ray raises plain Exception too, when its parts take too long.
+        except Exception as error:
             raise RayFailed(f"Ray did not start: {_first_line(error)}") from error
 
         self._vital = [pid for pid in descendants(os.getpid()) if command(pid).endswith(VITAL_PROGRAMS)]
@@ -87,7 +88,7 @@ class JoinedRay:
         """Raises InvalidInput when nothing answers there."""
         try:
             ray.init(address=self._address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        except (RuntimeError, ConnectionError, OSError, ValueError) as error:
+        except Exception as error:
             raise InvalidInput("ray-address", self._address, f"must be a Ray cluster: {_first_line(error)}") from error
 
     def stop(self) -> None:

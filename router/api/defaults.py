@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from experts.errors import ContextOverflow, InvalidInput
-from router.api.generation_config import check_wishes, number
+from router.api.generation_config import check_wishes, count, number
 from router.api.schema import GenerationRequest
 from router.engine.request import GREEDY_BELOW, MAX_REPETITION_PENALTY, SamplingParams
 
 SEED_MASK = 2**63 - 1
 LEAST_PENALTY = 1e-6
 """What a generation config may ask for; 0 would divide by nothing."""
+MAX_TEMPERATURE = 100.0
+"""What a generation config may ask for; there is next to nothing left of the distribution long before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +49,16 @@ class ServingDefaults:
         """
         if config is None:
             return cls(eos_token_ids=eos_token_ids)
-        temperature = number(config, "temperature", 1.0, low=0.0)
+        temperature = number(config, "temperature", 1.0, low=0.0, high=MAX_TEMPERATURE)
         return cls(
             temperature=temperature if config.get("do_sample") is True else 0.0,
             top_p=number(config, "top_p", 1.0, low=0.0, high=1.0) or 1.0,
-            top_k=int(number(config, "top_k", 0, low=0)),
+            top_k=count(config, "top_k"),
             min_p=number(config, "min_p", 0.0, low=0.0, high=1.0),
             repetition_penalty=number(
                 config, "repetition_penalty", 1.0, low=LEAST_PENALTY, high=MAX_REPETITION_PENALTY
             ),
-            max_new_tokens=int(number(config, "max_new_tokens", 0, low=0)) or None,
+            max_new_tokens=count(config, "max_new_tokens") or None,
             eos_token_ids=eos_token_ids,
             unfollowed=check_wishes(config),
         )

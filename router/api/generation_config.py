@@ -10,6 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 from experts.errors import CheckpointError
+from experts.fields import is_int
+from experts.findings import shown
+from router.api.schema import MAX_COUNT
 
 FILE = "generation_config.json"
 
@@ -72,14 +75,24 @@ def check_wishes(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     )
 
 
-def number(config: Mapping[str, Any], name: str, default: float, *, low: float, high: float = float("inf")) -> float:
+def number(config: Mapping[str, Any], name: str, default: float, *, low: float, high: float) -> float:
     """A number of the config, `default` where it is null or absent. Raises CheckpointError outside of low … high."""
     value = config.get(name)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise CheckpointError(f"{FILE}: {name}", f"must be a number in {low} … {high}, is {value!r:.80}")
-    return value
+        raise CheckpointError(f"{FILE}: {name}", f"must be a number in {low} … {high}, is {shown(value)}")
+    return float(value)
+
+
+def count(config: Mapping[str, Any], name: str) -> int:
+    """A whole number ≥ 0 of the config, 0 where it is null or absent. Raises CheckpointError."""
+    value = config.get(name)
+    if value is None:
+        return 0
+    if not is_int(value) or not 0 <= value <= MAX_COUNT:
+        raise CheckpointError(f"{FILE}: {name}", f"must be an integer in 0 … {MAX_COUNT}, is {shown(value)}")
+    return int(value)
 
 
 def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:

@@ -18,10 +18,8 @@ from experts.errors import CheckpointError, InvalidInput
 from router.prompt.images.tokens import PLACEHOLDER
 from router.prompt.jinja_sandbox import CompiledTemplate
 from router.prompt.literals import Literals, SpecialTexts
+from router.prompt.template_files import TEMPLATE_FILE, find_template
 from router.prompt.tokenizer import Tokenizer
-from router.prompt.tokenizer_files import CONFIG_FILE, read_json
-
-TEMPLATE_FILE = "chat_template.jinja"
 
 MAX_KWARGS_DEPTH = 5
 MAX_KWARGS_NODES = 128
@@ -71,12 +69,15 @@ class ChatTemplate:
     ) -> None:
         """`where` names the template's file in errors; `now` is the clock that templates may ask for the date.
 
-        Raises CheckpointError when the template has a syntax error.
+        Raises CheckpointError when the template cannot be compiled.
         """
         try:
             self._template = CompiledTemplate(source, now=now)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(where, f"line {error.lineno}: {error.message}") from error
+        # What Jinja parses may still be nothing that Python compiles, or too deep or too large for either.
+        except Exception as error:
+            raise CheckpointError(where, f"cannot be compiled ({type(error).__name__}: {str(error)[:200]})") from error
         self._source = source
         self._tokenizer = tokenizer
         self._specials = SpecialTexts(tokenizer.special_ids)
@@ -84,24 +85,22 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, model_dir: Path, tokenizer: Tokenizer) -> ChatTemplate:
-        """The template of `chat_template.jinja`, else of tokenizer_config.json, else Llama 4's.
+        """The folder's own template (see `find_template`), else Llama 4's.
 
         Raises CheckpointError when it is damaged, or absent and the tokenizer lacks Llama 4's tokens.
         """
-        file = model_dir / TEMPLATE_FILE
-        try:
-            return cls(file.read_text(encoding="utf-8"), tokenizer, where=TEMPLATE_FILE)
-        except FileNotFoundError:
-            pass
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(TEMPLATE_FILE, f"cannot be read ({type(error).__name__})") from error
-        source = _configured_source(read_json(model_dir / CONFIG_FILE) or {})
-        if source is not None:
-            return cls(source, tokenizer, where=f"chat_template in {CONFIG_FILE}")
+        found = find_template(model_dir)
+        if found is not None:
+            return cls(found.source, tokenizer, where=found.where)
         missing = {"<|header_start|>", "<|header_end|>", "<|eot|>"} - tokenizer.special_ids.keys()
         if missing:
             raise CheckpointError(TEMPLATE_FILE, f"is absent, and the tokenizer lacks {', '.join(sorted(missing))}")
         return cls(LLAMA4_TEMPLATE, tokenizer, where="built-in chat template")
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it is Llama 4's because the checkpoint brought none."""
+        return self._source is LLAMA4_TEMPLATE
 
     def render(
         self,
@@ -116,8 +115,9 @@ class ChatTemplate:
         `messages` hold JSON values; members that are None count as absent. An image in them is a content part
         {"type": "image"}; the template writes a placeholder for it, and `images` are the ids that take the places
         of the placeholders, in order. `kwargs` are more variables for the template. Raises InvalidInput:
-        "chat_template_kwargs" for names and sizes that are not allowed, "messages" for anything the template refuses
-        or cannot render, and when it writes more or fewer placeholders than there are images.
+        "chat_template_kwargs" for names and sizes that are not allowed and where the template could render without
+        them, "messages" for anything else that it refuses or cannot render, and when it writes more or fewer
+        placeholders than there are images.
         """
         extra = self._checked_kwargs(kwargs or {})
         conversation = _checked_messages(messages)
@@ -131,19 +131,23 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
-        return self._encode(self._text(variables, literals, conversation), literals, images)
-
-    def _text(self, variables: Mapping[str, Any], literals: Literals, messages: list[dict[str, Any]]) -> str:
-        roles = [message.get("role") for message in messages]
         try:
-            return self._template.render(variables)
-        except jinja2.TemplateError as error:
-            rule = f"the chat template refuses them: {literals.restore(error.message or 'no reason given')[:300]}"
-            raise InvalidInput("messages", roles, rule) from error
-        # An expression of the template may raise anything; all of it is about these messages.
+            text = self._template.render(variables)
+        # An expression of the template may raise anything; all of it is about what this request brought.
         except Exception as error:
-            rule = "the chat template cannot render them"
-            raise InvalidInput("messages", roles, rule) from error
+            without = {name: value for name, value in variables.items() if name not in extra}
+            if extra and self._can_render(without):
+                raise InvalidInput("chat_template_kwargs", extra, _refusal(error, literals)) from error
+            roles = [message.get("role") for message in conversation]
+            raise InvalidInput("messages", roles, _refusal(error, literals)) from error
+        return self._encode(text, literals, images)
+
+    def _can_render(self, variables: Mapping[str, Any]) -> bool:
+        try:
+            self._template.render(variables)
+        except Exception:
+            return False
+        return True
 
     def _encode(self, text: str, literals: Literals, images: Sequence[Sequence[int]]) -> list[int]:
         ids: list[int] = []
@@ -184,17 +188,10 @@ class ChatTemplate:
         return plain
 
 
-def _configured_source(config: Mapping[str, Any]) -> str | None:
-    """`chat_template` of tokenizer_config.json: a template, or a list of named ones of which "default" counts."""
-    value = config.get("chat_template")
-    if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, Mapping)}
-        value = named.get("default")
-        if value is None:
-            raise CheckpointError(f"chat_template in {CONFIG_FILE}", 'has no template named "default"')
-    if value is not None and not isinstance(value, str):
-        raise CheckpointError(f"chat_template in {CONFIG_FILE}", "must be a text or a list of named texts")
-    return value
+def _refusal(error: Exception, literals: Literals) -> str:
+    if isinstance(error, jinja2.TemplateError):
+        return f"the chat template refuses them: {literals.restore(error.message or 'no reason given')[:300]}"
+    return "the chat template cannot render them"
 
 
 def _checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -33,7 +34,10 @@ class CompiledTemplate:
     """One chat template, ready to be rendered by any number of threads."""
 
     def __init__(self, source: str, *, now: Callable[[], datetime] = datetime.now) -> None:
-        """Raises jinja2.TemplateSyntaxError. `now` is the clock behind `strftime_now`."""
+        """`now` is the clock behind `strftime_now`.
+
+        Raises jinja2.TemplateSyntaxError, or whatever Python raises for code that it does not compile.
+        """
         self._environment = _Environment(now)
         tree = _count_passes(self._environment.parse(source))
         code = self._environment.compile(tree)
@@ -73,13 +77,29 @@ class _Generation(Extension):
         return nodes.Scope(body, lineno=line)
 
 
+class _Generator(CodeGenerator):
+    """Leaves constant expressions to the rendering, which is bounded; compiling is not."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        if not isinstance(node, nodes.TemplateData):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+    def visit_EvalContextModifier(self, node: nodes.EvalContextModifier, frame: Frame) -> None:
+        if not all(isinstance(option.value, nodes.Const) for option in node.options):
+            self.fail("autoescape must be true or false", node.lineno)
+        super().visit_EvalContextModifier(node, frame)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox with the names that chat templates use."""
 
     intercepted_binops = frozenset(("*", "**"))
+    code_generator_class = _Generator
 
     def __init__(self, now: Callable[[], datetime]) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation])
+        extensions = [LoopControlExtension, _Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
         self.passes = _Passes()
         self.filters["tojson"] = _to_json
         self.globals["raise_exception"] = _raise_exception

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from experts.config import token_ids
 from experts.errors import CheckpointError, InvalidInput
-from router.prompt.tokenizer_files import read_json, special_ids
+from experts.model_files import read_json
+from router.prompt.tokenizer_files import special_ids
 
 GENERATION_FILE = "generation_config.json"
 END_TOKENS = ("<|end_of_text|>", "<|eom|>", "<|eot|>")

@@ -12,13 +12,13 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from experts.errors import CheckpointError, InvalidInput
+from experts.model_files import read_json
 from router.prompt.byte_alphabet import to_chars
 from router.prompt.tokenizer_files import (
     CONFIG_FILE,
     RANKS_FILE,
     SPECIAL_MAP_FILE,
     TOKENIZER_FILE,
-    read_json,
     read_ranks,
 )
 from router.prompt.tokenizer_json import JsonVocabulary

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experts.errors import CheckpointError
+from experts.model_files import read_file, read_json, why
 
 TOKENIZER_FILE = "tokenizer.json"
 RANKS_FILE = "tokenizer.model"
@@ -56,22 +56,6 @@ def specials_after(num_tokens: int) -> dict[str, int]:
     return {name: num_tokens + index for index, name in enumerate(special_names())}
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in the file at `path`, or None when there is no such file.
-
-    Raises CheckpointError, which names the file but not its folder.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(path.name, f"cannot be read as JSON ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(path.name, "must hold a JSON object")
-    return content
-
-
 def special_names() -> list[str]:
     """Names of Llama 4's special tokens in the order of their ids."""
     names = ["begin_of_text", "end_of_text", "fim_prefix", "fim_middle", "fim_suffix"]
@@ -94,11 +78,9 @@ def read_ranks(path: Path) -> list[bytes]:
     """Ordinary tokens in the order of their ranks. Raises CheckpointError naming the file, and the line where there is
     one to blame."""
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise CheckpointError(path.name, f"must have at most {MAX_FILE_BYTES} bytes")
-        lines = path.read_bytes().splitlines()
+        lines = read_file(path, MAX_FILE_BYTES).splitlines()
     except OSError as error:
-        raise CheckpointError(path.name, f"cannot be read ({type(error).__name__})") from error
+        raise CheckpointError(path.name, f"cannot be read: {why(error)}") from error
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, start=1):
         if line:

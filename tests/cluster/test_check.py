@@ -17,12 +17,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 from cluster.check import Report, check_folder
 from cluster.check_report import as_json, as_text, require_fit
 from cluster.cli import main
 from cluster.config import parse_settings
+from cluster.local import open_model
 from cluster.preflight import check_model
 from cluster.tiny import make_tiny
 from experts.checkpoint import Checkpoint
@@ -30,6 +32,7 @@ from experts.config import load_config
 from experts.errors import CheckpointError
 from experts.findings import errors
 from experts.tensor_names import expected_tensors
+from router.prompt.chat import LLAMA4_TEMPLATE
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -74,6 +77,7 @@ def test_the_real_tensor_lists_pass_at_full_size(tmp_path: Path, kind: str) -> N
     write_sparse(folder, shapes, num_shards=50)
     config.save_pretrained(folder)
     write_real_sized_ranks(folder / "tokenizer.model")
+    (folder / "chat_template.jinja").write_text(LLAMA4_TEMPLATE)
 
     code = (
         "import sys; from cluster.cli import main; code = main(['check', sys.argv[1], '--json'])\n"
@@ -259,6 +263,16 @@ def transpose_one(header: dict[str, Any], names: list[str]) -> None:
     header[next(name for name in names if "gate_proj" in name)]["shape"].reverse()
 
 
+def tie_a_transposed_head(folder: Path) -> None:
+    text_config(tie_word_embeddings=True)(folder)
+    for file in (FIRST, SECOND):
+        header, data = header_of(folder / file)
+        for name in header:
+            if name.endswith("lm_head.weight"):
+                header[name]["shape"].reverse()
+        write_file(folder / file, header, data)
+
+
 def halve(header: dict[str, Any], names: list[str]) -> None:
     """Make the first tensor one of 8-bit floats: four times as many numbers in as many bytes."""
     entry = header[names[0]]
@@ -266,6 +280,38 @@ def halve(header: dict[str, Any], names: list[str]) -> None:
     entry.update(dtype="F8_E4M3", shape=[4 * entry["shape"][0], *entry["shape"][1:]])
 
 
+def minus_zero(header: dict[str, Any], names: list[str]) -> bytes:
+    return json.dumps(header).replace('"data_offsets": [0,', '"data_offsets": [-0,').encode()
+
+
+def unbounded_number(header: dict[str, Any], names: list[str]) -> bytes:
+    return json.dumps(header).replace('"dtype"', '"scale": 1e999, "dtype"', 1).encode()
+
+
+def extra(dtype: str, shape: list[int], num_bytes: int) -> Callable[[Path], None]:
+    """One more tensor behind the others, which the index knows nothing of."""
+
+    def damage(folder: Path) -> None:
+        header, data = header_of(folder / FIRST)
+        header["extra"] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + num_bytes]}
+        write_file(folder / FIRST, header, data + bytes(num_bytes))
+
+    return damage
+
+
+def replaced(file: str, by: Callable[[Path], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / file).unlink()
+        by(folder / file)
+
+    return damage
+
+
+def link_to_zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 HUGE = struct.pack("<Q", 1 << 40)
 
 WEIGHTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
@@ -304,6 +350,18 @@ WEIGHTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "not-a-tensor": (in_header(lambda header, names: header.update({names[0]: 5})), FIRST, "dtype, shape"),
     "metadata-nan": (in_header(lambda header, names: header.update(__metadata__={"x": float("nan")})), FIRST, "NaN"),
     "metadata-number": (in_header(lambda header, names: header.update(__metadata__={"x": 5})), FIRST, "__metadata__.x"),
+    "metadata-half-a-character": (
+        in_header(lambda header, names: header.update(__metadata__={"x": "\ud800"})),
+        FIRST,
+        "a lone surrogate",
+    ),
+    "name-half-a-character": (in_header(lambda header, names: header.update({"\udfff": EMPTY})), FIRST, "surrogate"),
+    "offset-minus-zero": (in_header(minus_zero), FIRST, "data_offsets of two"),
+    "header-number-unbounded": (in_header(unbounded_number), FIRST, "finite numbers"),
+    "half-a-byte": (extra(dtype="F4", shape=[3], num_bytes=2), FIRST, "whole bytes"),
+    "shape-overflows-before-a-zero": (extra(dtype="F32", shape=[2**62, 4, 0], num_bytes=0), FIRST, "at most"),
+    "index-a-pipe": (replaced(INDEX, os.mkfifo), INDEX, "not a regular file"),
+    "index-endless": (replaced(INDEX, link_to_zeros), INDEX, "not a regular file"),
     "metadata-a-list": (in_header(lambda header, names: header.update(__metadata__=[])), FIRST, "an object of texts"),
     "tensor-in-both-files": (copy_tensor, SECOND, "each tensor once"),
     "tensor-not-in-its-file": (drop_last_tensor, INDEX, "no such tensor there"),
@@ -357,6 +415,39 @@ MODEL: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "config-image-token": (whole_config(image_token_index=7), "config.json", "image_token_index"),
     "config-small-vocabulary": (text_config(vocab_size=100), "tokenizer.json", "ids below vocab_size 100"),
+    "config-quantized-inside": (
+        text_config(quantization_config={"quant_method": "compressed-tensors"}),
+        "config.json",
+        "quantization_config",
+    ),
+    "config-huge-number": (text_config(attn_scale=10**400), "config.json", "must be a finite number"),
+    "config-a-pipe": (replaced("config.json", os.mkfifo), "config.json", "not a regular file"),
+    "config-endless-file": (replaced("config.json", link_to_zeros), "config.json", "not a regular file"),
+    "tokenizer-a-pipe": (replaced("tokenizer.json", os.mkfifo), "tokenizer.json", "not a regular file"),
+    "template-a-pipe": (replaced("chat_template.jinja", os.mkfifo), "chat_template.jinja", "not a regular file"),
+    "template-no-python": (
+        in_bytes("chat_template.jinja", lambda raw: b"{% break %}"),
+        "chat_template.jinja",
+        "cannot be compiled",
+    ),
+    "template-deep": (
+        in_bytes("chat_template.jinja", lambda raw: b"{{ " + b"(" * 20_000 + b"1" + b")" * 20_000 + b" }}"),
+        "chat_template.jinja",
+        "cannot be compiled",
+    ),
+    "generation-a-pipe": (replaced("generation_config.json", os.mkfifo), "generation_config.json", "regular file"),
+    "generation-name-twice": (
+        in_bytes("generation_config.json", lambda raw: b'{"eos_token_id": 1, "eos_token_id": 2}'),
+        "generation_config.json",
+        "2 times",
+    ),
+    "generation-all-ends-outside": (generation(eos_token_id=[999_999]), "generation_config.json", "end tokens below"),
+    "tokenizer-config-nan": (
+        in_bytes("tokenizer_config.json", lambda raw: b'{"model_max_length": NaN}'),
+        "tokenizer_config.json",
+        "finite numbers",
+    ),
+    "tied-head-of-another-shape": (tie_a_transposed_head, FIRST, "lm_head.weight: expected shape"),
     "tokenizer-missing": (
         lambda folder: (folder / "tokenizer.json").unlink(),
         "tokenizer.json",
@@ -509,10 +600,11 @@ ODD: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("tokenizer.json",),
     ),
     "no-tokenizer-config": (lambda folder: (folder / "tokenizer_config.json").unlink(), ()),
-    "no-template": (lambda folder: (folder / "chat_template.jinja").unlink(), ()),
+    "no-template": (lambda folder: (folder / "chat_template.jinja").unlink(), ("chat_template.jinja",)),
+    "tied-with-a-head": (text_config(tie_word_embeddings=True), ()),
     "no-generation-config": (lambda folder: (folder / "generation_config.json").unlink(), ()),
-    "end-token-outside": (generation(eos_token_id=999_999), ("generation_config.json",)),
     "generation-max-length": (generation(max_length=4096, num_beams=1), ("generation_config.json",)),
+    "end-token-outside": (generation(eos_token_id=[5, 999_999]), ("generation_config.json",)),
     "unknown-config-fields": (text_config(for_llm_compressor=False, cache_implementation="static"), ()),
 }
 
@@ -526,6 +618,15 @@ def test_an_odd_folder_is_served_with_a_note_at_most(folder: Path, name: str) ->
     assert tuple(finding.file for finding in report.findings) == files, list(map(str, report.findings))
     check_model(parse_settings({"model_dir": str(folder)}))
     Checkpoint(folder).digest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_dtype_in_the_config_the_weights_decide(folder: Path, dtype: torch.dtype) -> None:
+    in_json("config.json", lambda config: [part.pop("dtype", None) for part in (config, config["text_config"])])(folder)
+    for file in (FIRST, SECOND):
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(folder / file).items()}, folder / file)
+    assert open_model(folder).dtype is dtype
+    assert open_model(folder, "float16").dtype is torch.float16
 
 
 def test_one_file_wins_over_an_index_as_in_transformers(folder: Path) -> None:

@@ -134,6 +134,22 @@ def test_old_rope_scaling_wins_over_parameters() -> None:
     assert parse_config(multimodal(text)).rope_theta == 1000.0
 
 
+@pytest.mark.parametrize(
+    ("value", "on"), [(True, True), (False, False), (None, False), (0, False), (1, True), (4, True)]
+)
+def test_temperature_tuning_is_a_switch_that_some_write_as_a_number(value: object, on: bool) -> None:
+    assert parse_config(multimodal({"attn_temperature_tuning": value})).attn_temperature_tuning is on
+
+
+def test_without_a_dtype_the_weights_decide() -> None:
+    assert parse_config(multimodal()).dtype is None
+
+
+NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+HUGE = 10**400
+
+
 def refusals(build: Callable[[Raw], Raw], changes: dict[str, list[Any]]) -> list[Any]:
     return [
         pytest.param(build({name: value}), name, id=f"{name}={value}") for name in changes for value in changes[name]
@@ -154,7 +170,12 @@ TEXT_REFUSED: dict[str, list[Any]] = {
     "layer_types": [["sliding_attention"] * 48, ["full_attention"]],
     "interleave_moe_layer_step": [0],
     "attention_chunk_size": [0],
-    "rms_norm_eps": [math.nan, math.inf, "small"],
+    "rms_norm_eps": [math.nan, math.inf, "small", HUGE],
+    "attn_scale": [HUGE],
+    "attn_temperature_tuning": ["false", "true", "", -1, 0.5, [], {}],
+    "quantization_config": [{"quant_method": "compressed-tensors"}],
+    "rope_parameters": [NESTED, {"rope_type": "default", **NESTED}, {"rope_kind": "llama3"}],
+    "rope_scaling": [NESTED],
     "torch_dtype": ["float64", "fp8"],
     "eos_token_id": ["</s>", [-1]],
     "tie_word_embeddings": ["yes"],
@@ -167,7 +188,7 @@ VISION_REFUSED: dict[str, list[Any]] = {
     "num_channels": [1, 4],
     "image_size": [335, [336, 336]],
     "patch_size": [0, 14.0],
-    "pixel_shuffle_ratio": [0.3, 0.0, 2.0, 1 / 5, "half"],
+    "pixel_shuffle_ratio": [0.3, 0.0, 2.0, 1 / 5, "half", HUGE],
     "hidden_size": [1400, 1416],
     "intermediate_size": [4096],
     "projector_input_dim": [2048],
@@ -189,6 +210,15 @@ VISION_REFUSED: dict[str, list[Any]] = {
         pytest.param(multimodal(image_token_index="<|patch|>"), "image_token_index", id="image token"),
         pytest.param(multimodal({"rope_scaling": {"rope_type": "yarn"}}), "rope_type", id="yarn"),
         pytest.param(multimodal({"rope_scaling": {"rope_type": "llama3"}}), "factor", id="no factor"),
+        *(
+            pytest.param(multimodal({"rope_parameters": {"rope_type": "llama3", name: HUGE}}), name, id=f"huge {name}")
+            for name in ("rope_theta", "factor", "partial_rotary_factor")
+        ),
+        pytest.param(
+            multimodal({"rope_parameters": LLAMA3, "original_max_position_embeddings": None}),
+            "original_max_position_embeddings",
+            id="no original length",
+        ),
         pytest.param(multimodal({"partial_rotary_factor": 0.5}), "partial_rotary_factor", id="partly rotated"),
     ],
 )

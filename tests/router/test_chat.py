@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama4 import processing_llama4
+from transformers.processing_utils import ProcessorMixin
 
 from cluster.tiny_tokenizer import BOS, CONTROL_TOKENS, EOT, train_tokenizer
 from experts.errors import CheckpointError, InvalidInput
@@ -234,18 +235,48 @@ def loaded(folder: Path) -> list[int]:
     return ChatTemplate.from_folder(folder, Tokenizer.from_folder(folder)).render(user("hi"))
 
 
-def test_the_file_comes_first_then_the_config_then_the_built_in(
-    folder: Path, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    copy_of(folder, tmp_path, {"chat_template": "from the config"})
-    assert loaded(tmp_path) == tokenizer.encode_pieces("from the config")
-    (tmp_path / "chat_template.jinja").write_text("from the file")
-    assert loaded(tmp_path) == tokenizer.encode_pieces("from the file")
+def test_templates_are_found_where_transformers_keeps_them(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Each wins over those before it."""
     assert loaded(folder) == ChatTemplate(LLAMA4_TEMPLATE, tokenizer).render(user("hi"))
+    assert ChatTemplate.from_folder(folder, tokenizer).is_built_in
+    copy_of(folder, tmp_path, {"chat_template": "of the tokenizer"})
+    assert loaded(tmp_path) == tokenizer.encode_pieces("of the tokenizer")
+    for file in ("chat_template.json", "processor_config.json"):
+        (tmp_path / file).write_text(json.dumps({"chat_template": f"of {file}"}))
+        assert loaded(tmp_path) == tokenizer.encode_pieces(f"of {file}")
+        theirs, _ = ProcessorMixin.get_processor_dict(tmp_path)
+        assert theirs["chat_template"] == f"of {file}"
+    (tmp_path / "chat_template.jinja").write_text("of its own file")
+    assert loaded(tmp_path) == tokenizer.encode_pieces("of its own file")
+    assert not ChatTemplate.from_folder(tmp_path, tokenizer).is_built_in
 
 
-def test_of_named_templates_the_default_counts(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default one"}]
+def test_processor_files_without_a_template_are_passed_over(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    copy_of(folder, tmp_path, {"chat_template": "of the tokenizer"})
+    for file in ("chat_template.json", "processor_config.json"):
+        (tmp_path / file).write_text('{"patch_size": 14, "chat_template": null}')
+    assert loaded(tmp_path) == tokenizer.encode_pieces("of the tokenizer")
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json"])
+def test_a_damaged_template_of_the_processor_is_refused(folder: Path, tmp_path: Path, file: str) -> None:
+    copy_of(folder, tmp_path, {"chat_template": "of the tokenizer"})
+    for value in (7, {"rag": "x"}, "{% for %}"):
+        (tmp_path / file).write_text(json.dumps({"chat_template": value}))
+        with pytest.raises(CheckpointError, match=f"^chat_template in {file}: "):
+            loaded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default one"}],
+        {"tool_use": "tools", "default": "default one"},
+    ],
+)
+def test_of_named_templates_the_default_counts(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path, named: object
+) -> None:
     copy_of(folder, tmp_path, {"chat_template": named})
     assert loaded(tmp_path) == tokenizer.encode_pieces("default one")
 
@@ -269,6 +300,41 @@ def test_a_template_file_that_is_not_text_is_refused(folder: Path, tmp_path: Pat
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match=r"^chat_template\.jinja: cannot be read"):
         loaded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("{% break %}", "SyntaxError"),
+        ("{{ f(a=1, a=2) }}", "SyntaxError"),
+        ("{% for a in messages %}" * 30 + "{% endfor %}" * 30, "SyntaxError"),
+        ("{% if messages %}" * 200 + "{% endif %}" * 200, "IndentationError"),
+        ("{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", "RecursionError"),
+        ("{{ " + "9" * 5_000 + " }}", "ValueError"),
+    ],
+    ids=["break", "repeated-name", "deep-loops", "deep-ifs", "deep-parentheses", "digits"],
+)
+def test_a_template_that_cannot_be_compiled_is_refused(tokenizer: Tokenizer, source: str, fault: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"^x: cannot be compiled \({fault}"):
+        ChatTemplate(source, tokenizer, where="x")
+
+
+@pytest.mark.parametrize("source", ["{{ 1 | tojson }}", "{% if 1 | tojson %}1{% endif %}", "{% set a = 1 | tojson %}1"])
+def test_compiling_computes_nothing(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """`{{ 'a' | center(3000000000) }}` would take the memory that it writes."""
+    calls = []
+    monkeypatch.setattr(jinja_sandbox, "_to_json", lambda value: calls.append(value) or "1")
+    template = ChatTemplate(source, tokenizer)
+    assert calls == []
+    assert template.render(user("hi")) == tokenizer.encode_pieces("1")
+    assert calls == [1]
+
+
+def test_escaping_is_a_constant(tokenizer: Tokenizer) -> None:
+    source = "{%% autoescape %s %%}{{ messages[0].content }}{%% endautoescape %%}"
+    assert ChatTemplate(source % "true", tokenizer).render(user("&")) == tokenizer.encode_pieces("&amp;")
+    with pytest.raises(CheckpointError, match="autoescape"):
+        ChatTemplate(source % "1 | tojson", tokenizer)
 
 
 def test_without_a_template_the_tokenizer_must_be_llama_4s(folder: Path, tmp_path: Path) -> None:
@@ -299,6 +365,22 @@ def test_a_template_that_fails_is_about_the_messages(tokenizer: Tokenizer, sourc
         ChatTemplate(source, tokenizer).render(user("x<|eot|>"))
     assert rule in str(caught.value)
     assert "/" not in str(caught.value).replace("//", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "rule"),
+    [
+        ("{% for key in keys or [] %}{{ key }}{% endfor %}", "cannot render them"),
+        ("{% if keys %}{{ raise_exception('no keys') }}{% endif %}", "refuses them: no keys"),
+    ],
+)
+def test_kwargs_without_which_it_would_render_are_to_blame(tokenizer: Tokenizer, source: str, rule: str) -> None:
+    template = ChatTemplate(source, tokenizer)
+    with pytest.raises(InvalidInput, match=f"^chat_template_kwargs: the chat template {rule}"):
+        template.render(user("hi"), kwargs={"keys": 5})
+    failing = ChatTemplate(source + "{{ 1 + messages }}", tokenizer)
+    with pytest.raises(InvalidInput, match=r"^messages: the chat template "):
+        failing.render(user("hi"), kwargs={"keys": 5})
 
 
 @pytest.mark.parametrize(

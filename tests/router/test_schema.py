@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -526,6 +527,9 @@ def test_greedy_unless_the_config_samples(config: dict[str, Any] | None, tempera
         {"guidance_scale": 1.5}, {"penalty_alpha": 0.6}, {"min_length": 1},
         {"stop_strings": ["x"]}, {"encoder_repetition_penalty": 1.1},
         {"exponential_decay_length_penalty": [1, 1.1]}, {"watermarking_config": {}}, {"top_h": 0.4},
+        {"temperature": math.inf}, {"temperature": 10**400}, {"temperature": 1e308}, {"temperature": 101},
+        {"top_k": 2**31}, {"top_k": 10**400}, {"top_k": 1.5}, {"top_k": math.inf}, {"top_p": math.nan},
+        {"max_new_tokens": 2**31}, {"max_new_tokens": 1.0}, {"max_new_tokens": math.inf},
     ],
 )  # fmt: skip
 def test_damaged_generation_configs_are_refused(config: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from experts.errors import CheckpointError
+from experts.model_files import read_json
 from experts.vision_config import VisionConfig
 from router.prompt.images.settings import MAX_CANVAS_TILES, ImageSettings
-from router.prompt.tokenizer_files import read_json
 
 IMAGE_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"

@@ -1,0 +1,40 @@
+"""A Ray that does not start is one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import parse_settings
+from cluster.on_ray import own_ray
+from cluster.on_ray.own_ray import JoinedRay, OwnRay, RayFailed
+from experts.errors import InvalidInput
+
+
+@pytest.fixture
+def slow_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray as it is where it cannot start in time, and nothing of this process changed by asking it."""
+
+    def init(**_options: Any) -> None:
+        raise Exception("The current node timed out during startup.\nmore")
+
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "PYTHONPATH"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(own_ray, "PARENT", tmp_path)
+    monkeypatch.setattr(own_ray, "adopt_orphans", lambda: None)
+    monkeypatch.setattr(own_ray.ray, "init", init)
+
+
+@pytest.mark.usefixtures("slow_ray")
+def test_a_ray_that_starts_too_slowly_is_named() -> None:
+    with pytest.raises(RayFailed, match=r"^Ray did not start: The current node timed out during startup\.$"):
+        OwnRay().start()
+
+
+@pytest.mark.usefixtures("slow_ray")
+def test_a_ray_that_cannot_be_joined_is_named() -> None:
+    settings = parse_settings({"model_dir": "x", "ray_address": "127.0.0.1:1"})
+    with pytest.raises(InvalidInput, match=r"^ray-address: must be a Ray cluster: The current node timed out"):
+        JoinedRay(settings).start()
