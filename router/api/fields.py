@@ -35,6 +35,11 @@ _COMMON: dict[str, tuple[object, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "stream_interval": (1,),
+    # Pictures, cut in another way or named in another place than a message's content.
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "multi_modal_data": ({},),
+    "images": ([],),
 }
 
 UNSUPPORTED_CHAT: Neutral = MappingProxyType(
@@ -64,6 +69,7 @@ UNSUPPORTED_COMPLETION: Neutral = MappingProxyType(
         "suffix": ("",),
         "prompt_embeds": (),
         "add_special_tokens": (True,),
+        "messages": ([],),
     }
 )
 
@@ -78,10 +84,19 @@ UNSUPPORTED_TOKENIZE_CHAT: Neutral = MappingProxyType(
         # The template writes them.
         "add_special_tokens": (False,),
         "truncate_prompt_tokens": (),
+        "mm_processor_kwargs": ({},),
+        "media_io_kwargs": ({},),
     }
 )
 
-UNSUPPORTED_MESSAGE: Neutral = MappingProxyType({"tool_calls": ([],), "function_call": (), "audio": (), "refusal": ()})
+UNSUPPORTED_MESSAGE: Neutral = MappingProxyType(
+    {"tool_calls": ([],), "function_call": (), "audio": (), "refusal": (), "images": ([],)}
+)
+# Words of other servers for how a picture is cut, beside its URL or within.
+UNSUPPORTED_PICTURE: Neutral = MappingProxyType(
+    {"max_pixels": (), "min_pixels": (), "max_dynamic_patch": (), "min_dynamic_patch": (), "max_patches": ()}
+    | {"resized_height": (), "resized_width": (), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},)}
+)
 UNSUPPORTED_STREAM_OPTIONS: Neutral = MappingProxyType({"continuous_usage_stats": (False,)})
 
 PASSIVE = frozenset(
