@@ -17,6 +17,14 @@ MAX_UNKNOWN_FIELDS = 32
 Neutral = Mapping[str, tuple[object, ...]]
 """Field → values, besides null, that ask for nothing."""
 
+_PICTURES: dict[str, tuple[object, ...]] = {
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "multi_modal_data": ({},),
+    "images": ([],),
+}
+"""Other ways to cut pictures, and other places for them than a message's content."""
+
 _COMMON: dict[str, tuple[object, ...]] = {
     "length_penalty": (1,),
     "prompt_logprobs": (),
@@ -35,11 +43,7 @@ _COMMON: dict[str, tuple[object, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "stream_interval": (1,),
-    # Pictures, cut in another way or named in another place than a message's content.
-    "mm_processor_kwargs": ({},),
-    "media_io_kwargs": ({},),
-    "multi_modal_data": ({},),
-    "images": ([],),
+    **_PICTURES,
 }
 
 UNSUPPORTED_CHAT: Neutral = MappingProxyType(
@@ -60,6 +64,7 @@ UNSUPPORTED_CHAT: Neutral = MappingProxyType(
         "continue_final_message": (False,),
         "documents": ([],),
         "echo": (False,),
+        "prompt": (),
     }
 )
 
@@ -73,7 +78,7 @@ UNSUPPORTED_COMPLETION: Neutral = MappingProxyType(
     }
 )
 
-UNSUPPORTED_TOKENIZE_TEXT: Neutral = MappingProxyType({"truncate_prompt_tokens": ()})
+UNSUPPORTED_TOKENIZE_TEXT: Neutral = MappingProxyType({"truncate_prompt_tokens": (), **_PICTURES})
 
 UNSUPPORTED_TOKENIZE_CHAT: Neutral = MappingProxyType(
     {
@@ -84,8 +89,7 @@ UNSUPPORTED_TOKENIZE_CHAT: Neutral = MappingProxyType(
         # The template writes them.
         "add_special_tokens": (False,),
         "truncate_prompt_tokens": (),
-        "mm_processor_kwargs": ({},),
-        "media_io_kwargs": ({},),
+        **_PICTURES,
     }
 )
 
