@@ -61,8 +61,8 @@ def _windows(body: bytes | bytearray) -> Iterator[bytes]:
         window = bytes(memoryview(body)[start : start + WINDOW_BYTES])
         start += len(window)
         bare = window.replace(rb"\\", b"")
-        if bare.endswith(b"\\") and start < len(body):
-            # It escapes what comes next.
+        if bare.endswith(b"\\") and body[start : start + 1] in (b'"', b"\\"):
+            # The pair that the window's end cut.
             start += 1
             bare = bare[:-1]
         yield bare.replace(rb"\"", b"")

@@ -129,7 +129,7 @@ class Member(RequestModel):
         return _without_nulls(value)
 
 
-class TextPart(Member):
+class TextPart(RequestModel):
     """Text as one part of a message's content."""
 
     type: Literal["text"]
@@ -149,10 +149,8 @@ class ImageUrl(Member):
     url: Annotated[Upload, PlainValidator(Upload)]
 
 
-class ImagePart(Member):
+class ImagePart(RequestModel):
     """A picture as one part of a message's content."""
-
-    unsupported = UNSUPPORTED_PICTURE
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -161,8 +159,8 @@ class ImagePart(Member):
         return {"type": "image"}
 
 
-_PART_FIELDS = {"text": "text", "image_url": "image_url"}
-"""Kind of a part → the field that holds it."""
+_PARTS = ("text", "image_url")
+"""Kinds of parts. Each has its content in the field of its name."""
 _OTHER_PARTS = (
     *("input_audio", "file", "video_url", "audio_url", "refusal", "input_image", "image", "input_text", "input_file"),
     *("image_embeds", "audio_embeds", "image_pil", "video", "audio"),
@@ -171,18 +169,21 @@ _OTHER_PARTS = (
 
 
 def _known_part(value: Any) -> Any:
-    """Raises InvalidInput for a part of a kind that we do not take, or with the content of two kinds."""
+    """Raises InvalidInput for a part of a kind that we do not take, with the content of two kinds, or with members that
+    would be lost."""
     if not isinstance(value, dict) or "type" not in value:
         return value
     kind = value["type"]
     if kind in _OTHER_PARTS:
         raise Unsupported("type", kind, "only parts of type text and image_url are supported by this server yet")
-    if not isinstance(kind, str) or kind not in _PART_FIELDS:
+    if kind not in _PARTS:
         raise InvalidInput("type", kind, "must be 'text' or 'image_url'")
-    for field in _PART_FIELDS.values():
-        if field != _PART_FIELDS[kind] and value.get(field) is not None:
-            raise InvalidInput(field, f"a part of type {kind}", f"must not stand in a part of type {kind}")
-    return value
+    for other in _PARTS:
+        if other != kind and value.get(other) is not None:
+            raise InvalidInput(other, f"a part of type {kind}", f"must not stand in a part of type {kind}")
+    check_supported(value, UNSUPPORTED_PICTURE)
+    check_spelling(value, {"type", *_PARTS, *UNSUPPORTED_PICTURE})
+    return _without_nulls(value)
 
 
 def _part_kind(value: object) -> str:

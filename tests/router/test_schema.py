@@ -469,11 +469,11 @@ def shape_of(body: bytes) -> tuple[int, int]:
     in_string = escaped = False
     for byte in body:
         char = chr(byte)
-        if escaped:
+        if escaped and char in '"\\':
             escaped = False
-        elif char == "\\":
-            escaped = True
-        elif char == '"':
+            continue
+        escaped = char == "\\"
+        if char == '"':
             in_string = not in_string
         elif not in_string:
             num_nodes += char in ",[{"
