@@ -335,11 +335,17 @@ def test_bodies_in_flight_have_a_budget() -> None:
     options = HttpOptions(max_body_bytes=100_000, max_image_body_bytes=300_000, max_bodies_bytes=300_000)
     loader = GatedLoader()
     server = Server(Vision(loader=loader, tokens=TOKENS), options=options, max_model_len=10**6)
+    answers = asyncio.Event()
+    server.backend.script = lambda asked: (*([answers] if asked.images else []), "ok", EOS, stop())
 
     async def pieces() -> AsyncGenerator[bytes, None]:
         data = json.dumps(large).encode()
         for start in range(0, len(data), 10_000):
             yield data[start : start + 10_000]
+
+    async def submitted(count: int) -> None:
+        while len(server.backend.submissions) < count:
+            await asyncio.sleep(0)
 
     async def go() -> None:
         transport = httpx.ASGITransport(server._app)
@@ -356,7 +362,12 @@ def test_bodies_in_flight_have_a_budget() -> None:
                 assert refused.json()["error"]["code"] == "server_overloaded"
             assert (await post(json=chat([text("hi")]))).status_code == 200
             loader.gate.set()
-            assert [(await task).status_code for task in running] == [200, 200]
+            await submitted(3)
+            # Answers that still run hold nothing.
+            running += [asyncio.create_task(post(json=large)) for _ in range(2)]
+            await asyncio.wait([*running, asyncio.create_task(submitted(5))], return_when=asyncio.FIRST_COMPLETED)
+            answers.set()
+            assert [(await task).status_code for task in running] == [200] * 4
             for body in (large, {**large, "model": "no"}, chat([picture("data:" + "x" * 200_000)]), large, large):
                 assert (await post(json=body)).status_code != 429
 
@@ -406,6 +417,7 @@ def test_data_urls_give_their_bytes(data: bytes, media_type: str) -> None:
 @settings(deadline=None, max_examples=300)
 @given(
     encoded=st.binary(max_size=30).map(lambda data: base64.b64encode(data).decode())
+    | st.lists(st.sampled_from(["AAAA", "+/+/", "AA==", "AAA=", "A", "="]), max_size=6).map("".join)
     | st.lists(st.sampled_from("AB+/=-é\n"), max_size=24).map("".join),
     pieces=st.integers(1, 4),
 )
