@@ -161,6 +161,7 @@ class ImagePart(RequestModel):
 
 _PARTS = ("text", "image_url")
 """Kinds of parts. Each has its content in the field of its name."""
+_PART_RULE = "must be 'text' or 'image_url'"
 _OTHER_PARTS = (
     *("input_audio", "file", "video_url", "audio_url", "refusal", "input_image", "image", "input_text", "input_file"),
     *("image_embeds", "audio_embeds", "image_pil", "video", "audio"),
@@ -175,9 +176,9 @@ def _known_part(value: Any) -> Any:
         return value
     kind = value["type"]
     if kind in _OTHER_PARTS:
-        raise Unsupported("type", kind, "only parts of type text and image_url are supported by this server yet")
+        raise Unsupported("type", kind, f"{_PART_RULE}; others are not supported by this server yet")
     if kind not in _PARTS:
-        raise InvalidInput("type", kind, "must be 'text' or 'image_url'")
+        raise InvalidInput("type", kind, _PART_RULE)
     for other in _PARTS:
         if other != kind and value.get(other) is not None:
             raise InvalidInput(other, f"a part of type {kind}", f"must not stand in a part of type {kind}")
