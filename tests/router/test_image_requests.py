@@ -428,10 +428,8 @@ def test_base64_in_pieces_is_base64(encoded: str, pieces: int) -> None:
             found: bytes | None = decode_data_url("data:image/png;base64," + encoded)
         except InvalidInput:
             found = None
-    try:
-        expected: bytes | None = base64.b64decode(encoded, validate=True)
-    except ValueError:
-        expected = None
+    whole = re.fullmatch(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", encoded)
+    expected = base64.b64decode(encoded) if whole else None
     assert found == expected
 
 

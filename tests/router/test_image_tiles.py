@@ -174,7 +174,7 @@ def test_pixels_are_almost_torchs(size: tuple[int, int], kind: torch.dtype) -> N
     # Small pictures, which are enlarged, differ by 2 in a few values.
     assert distance.max() <= (2 if kind is torch.uint8 else 1)
     assert (distance > 1).float().mean() < 1e-4
-    assert (distance > 0).float().mean() < (0.03 if kind is torch.uint8 else 0.25)
+    assert (distance > 0).float().mean() < (0.05 if kind is torch.uint8 else 0.25)
 
 
 def digest(picture: Image.Image, **changes: object) -> bytes:
