@@ -20,6 +20,7 @@ from experts.grpc_control import MemberLink
 from experts.model_files import read_json
 from experts.placement import ClusterView
 from experts.reports import MemberKind, MemberReport
+from router.allocator import return_large_blocks
 from router.api.backend import EventStream
 from router.api.defaults import ServingDefaults
 from router.api.http import HttpOptions, build_app
@@ -56,6 +57,7 @@ class IngressProcess:
         resolve: Callable[[], str],
         version: str = "",
     ) -> None:
+        return_large_blocks()
         self.name = name
         self.backend = ClusterBackend(settings)
         self.link = MemberLink(resolve=resolve, report=self.report, on_view=self.backend.use)

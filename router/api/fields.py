@@ -17,6 +17,14 @@ MAX_UNKNOWN_FIELDS = 32
 Neutral = Mapping[str, tuple[object, ...]]
 """Field → values, besides null, that ask for nothing."""
 
+_PICTURES: dict[str, tuple[object, ...]] = {
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "multi_modal_data": ({},),
+    "images": ([],),
+}
+"""Other ways to cut pictures, and other places for them than a message's content."""
+
 _COMMON: dict[str, tuple[object, ...]] = {
     "length_penalty": (1,),
     "prompt_logprobs": (),
@@ -35,6 +43,7 @@ _COMMON: dict[str, tuple[object, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "stream_interval": (1,),
+    **_PICTURES,
 }
 
 UNSUPPORTED_CHAT: Neutral = MappingProxyType(
@@ -55,6 +64,7 @@ UNSUPPORTED_CHAT: Neutral = MappingProxyType(
         "continue_final_message": (False,),
         "documents": ([],),
         "echo": (False,),
+        "prompt": (),
     }
 )
 
@@ -64,10 +74,11 @@ UNSUPPORTED_COMPLETION: Neutral = MappingProxyType(
         "suffix": ("",),
         "prompt_embeds": (),
         "add_special_tokens": (True,),
+        "messages": ([],),
     }
 )
 
-UNSUPPORTED_TOKENIZE_TEXT: Neutral = MappingProxyType({"truncate_prompt_tokens": ()})
+UNSUPPORTED_TOKENIZE_TEXT: Neutral = MappingProxyType({"truncate_prompt_tokens": (), **_PICTURES})
 
 UNSUPPORTED_TOKENIZE_CHAT: Neutral = MappingProxyType(
     {
@@ -78,10 +89,18 @@ UNSUPPORTED_TOKENIZE_CHAT: Neutral = MappingProxyType(
         # The template writes them.
         "add_special_tokens": (False,),
         "truncate_prompt_tokens": (),
+        **_PICTURES,
     }
 )
 
-UNSUPPORTED_MESSAGE: Neutral = MappingProxyType({"tool_calls": ([],), "function_call": (), "audio": (), "refusal": ()})
+UNSUPPORTED_MESSAGE: Neutral = MappingProxyType(
+    {"tool_calls": ([],), "function_call": (), "audio": (), "refusal": (), "images": ([],)}
+)
+# Words of other servers for how a picture is cut, beside its URL or within.
+UNSUPPORTED_PICTURE: Neutral = MappingProxyType(
+    {"max_pixels": (), "min_pixels": (), "max_dynamic_patch": (), "min_dynamic_patch": (), "max_patches": ()}
+    | {"resized_height": (), "resized_width": (), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},)}
+)
 UNSUPPORTED_STREAM_OPTIONS: Neutral = MappingProxyType({"continuous_usage_stats": (False,)})
 
 PASSIVE = frozenset(

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from experts.errors import HerdError
 from router.api.backend import Backend, ChatTemplate, Tokenizer
 from router.api.body import parse_object
+from router.api.body_budget import BodyBudget, HeldBody
 from router.api.defaults import ServingDefaults
 from router.api.errors import ApiError, UnknownModel, api_error
 from router.api.prompts import Prompts
@@ -39,6 +40,8 @@ from router.prompt.images.vision import Vision
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+HELD_BODY = "herd.held_body"
+"""Where a request's scope has its `HeldBody`."""
 MAX_REQUEST_ID = 128
 WRITE_GRACE_S = 30.0
 """How long after its deadline a request may still be writing to a client that reads slowly."""
@@ -50,6 +53,7 @@ STREAM_HEADERS = {
 }
 
 _Asked = TypeVar("_Asked", bound=RequestModel)
+_Prepared = TypeVar("_Prepared")
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 
@@ -58,7 +62,8 @@ class HttpOptions:
     """Bounds of the server. `request_timeout_s` is the time a request has, from its last byte in to its last out.
 
     A stream says something every `keep_alive_s`; its status waits for the first event at most `start_wait_s`.
-    A body may have `max_body_bytes` besides its images, and `max_image_body_bytes` with them.
+    A body may have `max_body_bytes` besides its images, and `max_image_body_bytes` with them. All bodies together
+    that arrive, are read or have images to be decoded may have `max_bodies_bytes`.
     """
 
     request_timeout_s: float = 600.0
@@ -66,7 +71,11 @@ class HttpOptions:
     start_wait_s: float = 5.0
     max_body_bytes: int = 4 * 1024 * 1024
     max_image_body_bytes: int = 32 * 1024 * 1024
+    max_bodies_bytes: int = 256 * 1024 * 1024
     body_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        assert max(self.max_body_bytes, self.max_image_body_bytes) <= self.max_bodies_bytes, "every body finds room"
 
 
 def build_app(
@@ -96,7 +105,7 @@ def build_app(
     _add_health(app, backend, version)
     app.add_exception_handler(HTTPException, _refuse_route)
     app.add_exception_handler(HerdError, _refuse)
-    app.add_middleware(_Outermost)
+    app.add_middleware(_Outermost, bodies=BodyBudget(options.max_bodies_bytes))
     return app
 
 
@@ -104,12 +113,14 @@ def _add_generation(app: FastAPI, service: Service, options: HttpOptions) -> Non
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         asked = await _parsed(request, parse_chat, options, may_hold_images=True)
-        return _Reply(partial(_generate, asked, partial(service.chat, asked), ChatShape, options), options)
+        prepare = partial(_prepared, request, partial(service.chat, asked))
+        return _Reply(partial(_generate, asked, prepare, ChatShape, options), options)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         asked = await _parsed(request, parse_completion, options)
-        return _Reply(partial(_generate, asked, partial(service.complete, asked), CompletionShape, options), options)
+        prepare = partial(_prepared, request, partial(service.complete, asked))
+        return _Reply(partial(_generate, asked, prepare, CompletionShape, options), options)
 
 
 def _add_tokens(app: FastAPI, service: TokenService, options: HttpOptions) -> None:
@@ -117,13 +128,13 @@ def _add_tokens(app: FastAPI, service: TokenService, options: HttpOptions) -> No
     @app.post("/v1/tokenize")
     async def tokenize(request: Request) -> Response:
         asked = await _parsed(request, parse_tokenize, options, may_hold_images=True)
-        return _Reply(partial(_answer, partial(service.tokenize, asked)), options)
+        return _Reply(partial(_answer, partial(_prepared, request, partial(service.tokenize, asked))), options)
 
     @app.post("/detokenize")
     @app.post("/v1/detokenize")
     async def detokenize(request: Request) -> Response:
         asked = await _parsed(request, parse_detokenize, options)
-        return _Reply(partial(_answer, partial(service.detokenize, asked)), options)
+        return _Reply(partial(_answer, partial(_prepared, request, partial(service.detokenize, asked))), options)
 
 
 def _add_models(app: FastAPI, served_names: Sequence[str], backend: Backend) -> None:
@@ -172,7 +183,7 @@ async def _parsed(
     *,
     may_hold_images: bool = False,
 ) -> _Asked:
-    """The request that the body holds. Raises ApiError and InvalidInput."""
+    """The request that the body holds. Raises ApiError, InvalidInput and Overloaded."""
     _check_body_kind(request)
     max_bytes = options.max_image_body_bytes if may_hold_images else options.max_body_bytes
     body = await _read_body(request, max_bytes, options.body_timeout_s)
@@ -181,14 +192,15 @@ async def _parsed(
     return await asyncio.to_thread(_parse_body, body, parse, options.max_body_bytes)
 
 
-def _parse_body(body: bytes, parse: Callable[[Mapping[str, Any]], _Asked], max_plain_bytes: int) -> _Asked:
-    """A body may be longer than `max_plain_bytes` by its images only."""
+def _parse_body(body: bytearray, parse: Callable[[Mapping[str, Any]], _Asked], max_plain_bytes: int) -> _Asked:
+    """A body may be longer than `max_plain_bytes` by its images only. Empties `body`."""
+    num_bytes = len(body)
     # The field's name tells long bodies without images before they are parsed.
-    if len(body) > max_plain_bytes and b"image_url" not in body:
+    if num_bytes > max_plain_bytes and b"image_url" not in body:
         raise _too_large(max_plain_bytes)
     asked = parse(parse_object(body))
     uploads = asked.uploads if isinstance(asked, Conversation) else []
-    if len(body) - sum(upload.num_chars for _, upload in uploads) > max_plain_bytes:
+    if num_bytes - sum(upload.num_chars for _, upload in uploads) > max_plain_bytes:
         raise _too_large(max_plain_bytes, " besides its images")
     return asked
 
@@ -206,20 +218,37 @@ def _check_body_kind(request: Request) -> None:
         raise ApiError(415, "content-encoding: must be absent; send the body as it is", code="unsupported_media_type")
 
 
-async def _read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+async def _read_body(request: Request, max_bytes: int, timeout_s: float) -> bytearray:
+    held = _held(request)
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:20]) > max_bytes:
-        raise _too_large(max_bytes)
+    if announced.isdecimal():
+        if int(announced[:20]) > max_bytes:
+            raise _too_large(max_bytes)
+        held.expect(int(announced[:20]))
     body = bytearray()
     try:
         async with asyncio.timeout(timeout_s):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > max_bytes:
+                if len(body) + len(chunk) > max_bytes:
                     raise _too_large(max_bytes)
+                held.grow_to(len(body) + len(chunk))
+                body += chunk
     except TimeoutError:
         raise ApiError(408, "body: did not arrive in time", code="request_timeout", retry_after_s=1.0) from None
-    return bytes(body)
+    return body
+
+
+def _held(request: Request) -> HeldBody:
+    held: HeldBody = request.scope[HELD_BODY]
+    return held
+
+
+async def _prepared(request: Request, prepare: Callable[[], Awaitable[_Prepared]]) -> _Prepared:
+    """What `prepare` makes of the request. Afterwards neither its body nor a file of it is in memory."""
+    try:
+        return await prepare()
+    finally:
+        _held(request).release()
 
 
 # An answer out
@@ -347,10 +376,12 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
 
 
 class _Outermost:
-    """Gives every response its request id, and an envelope to what nobody else caught."""
+    """Gives every response its request id, every body its place in `bodies` while its request lives, and an envelope
+    to what nobody else caught."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, bodies: BodyBudget) -> None:
         self._app = app
+        self._bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -358,6 +389,7 @@ class _Outermost:
         request_id = _wanted_id(scope) or f"req_{secrets.token_hex(16)}"
         _request_id.set(request_id)
         started = False
+        held = self._bodies.hold()
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
@@ -367,7 +399,7 @@ class _Outermost:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app({**scope, HELD_BODY: held}, receive, send_with_id)
         except ClientDisconnect:
             logger.debug("request %s: the client left before its body was complete", request_id)
         except Exception as error:
@@ -375,6 +407,8 @@ class _Outermost:
             if started:
                 raise
             await _send(_refusal(error), send_with_id)
+        finally:
+            held.release()
 
 
 def _wanted_id(scope: Scope) -> str:

@@ -6,7 +6,7 @@ Knows nothing of HTTP, of the model's vocabulary or of its context. Types are st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +31,7 @@ from router.api.fields import (
     UNSUPPORTED_CHAT,
     UNSUPPORTED_COMPLETION,
     UNSUPPORTED_MESSAGE,
+    UNSUPPORTED_PICTURE,
     UNSUPPORTED_STREAM_OPTIONS,
     Neutral,
     check_spelling,
@@ -72,6 +73,12 @@ def _stop_string(value: str) -> str:
     return value
 
 
+def _detail(value: object) -> object:
+    if value == "low":
+        raise Unsupported("", value)
+    return value
+
+
 def _content_kind(value: object) -> str | None:
     if isinstance(value, str):
         return "~text"
@@ -107,40 +114,39 @@ def checked_token_ids(path: str, ids: list[Any]) -> list[int]:
     return ids
 
 
+class Member(RequestModel):
+    """An object inside a request. Its fields are looked at as the request's own are."""
+
+    unsupported: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        check_supported(value, cls.unsupported)
+        check_spelling(value, {*cls.model_fields, *cls.unsupported})
+        return _without_nulls(value)
+
+
 class TextPart(RequestModel):
     """Text as one part of a message's content."""
 
     type: Literal["text"]
     text: str
 
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if kind in ("input_audio", "file", "video_url", "audio_url", "refusal", "input_image", "image"):
-            raise Unsupported("type", kind, "only parts of type text and image_url are supported by this server yet")
-        return value
-
     def for_template(self) -> dict[str, str]:
         return {"type": "text", "text": self.text}
 
 
-class ImageUrl(RequestModel):
+class ImageUrl(Member):
     """Where the picture is: in the URL itself. `detail` "low" would ask for fewer tiles than the model expects."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
+    unsupported = UNSUPPORTED_PICTURE
 
+    detail: Annotated[Literal["auto", "high"], BeforeValidator(_detail)] = "auto"
     url: Annotated[Upload, PlainValidator(Upload)]
-    detail: Literal["auto", "high"] = "auto"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _supported(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        if value.get("detail") == "low":
-            raise Unsupported("detail", "low")
-        return _without_nulls(value)
 
 
 class ImagePart(RequestModel):
@@ -153,11 +159,43 @@ class ImagePart(RequestModel):
         return {"type": "image"}
 
 
+_PARTS = ("text", "image_url")
+"""Kinds of parts. Each has its content in the field of its name."""
+_PART_RULE = "must be 'text' or 'image_url'"
+_OTHER_PARTS = (
+    *("input_audio", "file", "video_url", "audio_url", "refusal", "input_image", "image", "input_text", "input_file"),
+    *("image_embeds", "audio_embeds", "image_pil", "video", "audio"),
+)
+"""Kinds that other servers take."""
+
+
+def _known_part(value: Any) -> Any:
+    """Raises InvalidInput for a part of a kind that we do not take, with the content of two kinds, or with members that
+    would be lost."""
+    if not isinstance(value, dict) or "type" not in value:
+        return value
+    kind = value["type"]
+    if kind in _OTHER_PARTS:
+        raise Unsupported("type", kind, f"{_PART_RULE}; others are not supported by this server yet")
+    if kind not in _PARTS:
+        raise InvalidInput("type", kind, _PART_RULE)
+    for other in _PARTS:
+        if other != kind and value.get(other) is not None:
+            raise InvalidInput(other, f"a part of type {kind}", f"must not stand in a part of type {kind}")
+    check_supported(value, UNSUPPORTED_PICTURE)
+    check_spelling(value, {"type", *_PARTS, *UNSUPPORTED_PICTURE})
+    return _without_nulls(value)
+
+
 def _part_kind(value: object) -> str:
     return "~image" if isinstance(value, dict) and value.get("type") == "image_url" else "~text"
 
 
-_Part = Annotated[Annotated[TextPart, Tag("~text")] | Annotated[ImagePart, Tag("~image")], Discriminator(_part_kind)]
+_Part = Annotated[
+    Annotated[TextPart, Tag("~text")] | Annotated[ImagePart, Tag("~image")],
+    Discriminator(_part_kind),
+    BeforeValidator(_known_part),
+]
 _Content = Annotated[
     Annotated[str, Tag("~text")] | Annotated[list[_Part], Field(min_length=1, max_length=MAX_PARTS), Tag("~parts")],
     Discriminator(
@@ -192,19 +230,12 @@ class Message(RequestModel):
         return {"role": role, "content": [part.for_template() for part in self.content]}
 
 
-class StreamOptions(RequestModel):
+class StreamOptions(Member):
     """What a stream carries besides the answer."""
 
-    include_usage: bool = False
+    unsupported = UNSUPPORTED_STREAM_OPTIONS
 
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        check_supported(value, UNSUPPORTED_STREAM_OPTIONS)
-        check_spelling(value, {"include_usage", *UNSUPPORTED_STREAM_OPTIONS})
-        return _without_nulls(value)
+    include_usage: bool = False
 
 
 class GenerationRequest(RequestModel):

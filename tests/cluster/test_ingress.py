@@ -1,6 +1,9 @@
 """What an ingress makes of the cluster view, and what it counts."""
 
 import asyncio
+import platform
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -66,6 +69,36 @@ def test_a_draining_cluster_takes_nothing_new(settings: ServeSettings, view: Clu
     draining = backend(settings, replace(view, draining=True))
     with pytest.raises(RouterLost):
         draining.submit(request_id="r", prompt_ids=[1], sampling=SamplingParams(max_tokens=1), deadline=0.0)
+
+
+INGRESS = """
+import ctypes, sys
+from pathlib import Path
+from cluster.config import ServeSettings
+from cluster.ingress import IngressProcess
+
+class Numbers(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "a b c d mapped f g h i j".split()]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Numbers
+settings = ServeSettings(model_dir=Path(sys.argv[1]), hosts=2)
+process = IngressProcess(
+    settings, name="i", node="127.0.0.1", bind="127.0.0.1", http="http://127.0.0.1:1", resolve=lambda: "127.0.0.1:1"
+)
+bytearray(30_000_000)
+before = libc.mallinfo2().mapped
+body = bytearray(20_000_000)
+print(libc.mallinfo2().mapped - before >= 20_000_000)
+process.metrics.close()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_an_ingress_gives_large_bodies_back(settings: ServeSettings) -> None:
+    command = [sys.executable, "-c", INGRESS, str(settings.model_dir)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.stdout.strip() == "True", ended.stderr
 
 
 def test_responses_are_counted_whatever_becomes_of_them() -> None:

@@ -8,8 +8,11 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -91,6 +94,11 @@ def test_headers_decide_before_anything_is_decoded() -> None:
         loader.inspect([("x", wide), ("y", wide)])
     with pytest.raises(InvalidInput, match=r"^y: must be a PNG"):
         loader.inspect([("x", wide), ("y", b"text")])
+    several = ImageLoader(SMALL, ImageLimits(max_request_pixels=2 * 28 * 16 * 28))
+    assert len(several.inspect([("x", wide)] * 2)) == 2
+    with pytest.raises(InvalidInput, match=r"^messages: .* at most 25088 pixels together \(got '37632 pixels'\)"):
+        several.inspect([("x", wide)] * 3)
+    several.close()
     (picture,) = loader.inspect([("x", wide)])
     assert (picture.layout.rows, picture.layout.cols, picture.layout.num_tiles) == (1, 16, 17)
     assert not loader._all
@@ -126,23 +134,98 @@ def held_kib(process: DecoderProcess) -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
 
 
-def test_a_process_that_dies_costs_its_picture_and_is_replaced() -> None:
+async def load_while_stopped(loader: ImageLoader, data: bytes, after: Callable[[int], object]) -> Any:
+    """Load `data` with the only process stopped; `after` gets its pid when the picture is on its way."""
+    (process,) = loader._all
+    os.kill(process._process.pid, signal.SIGSTOP)
+    asyncio.get_running_loop().call_later(0.05, after, process._process.pid)
+    return await loader.load(loader.inspect([("image", data)]))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGPROF])
+def test_a_process_that_dies_costs_its_picture_and_is_replaced(how: signal.Signals) -> None:
     loader = ImageLoader(SMALL, ImageLimits(num_workers=1))
     small = png(9, 9)
     load(loader, small)
     (process,) = loader._all
-    pid = process._process.pid
-    os.kill(pid, signal.SIGSTOP)
-
-    async def dies_meanwhile() -> None:
-        asyncio.get_running_loop().call_later(0.05, os.kill, pid, signal.SIGKILL)
-        await loader.load(loader.inspect([("image", small)]))
-
     with pytest.raises(InvalidInput, match=f"^image: {GAVE_UP}"):
-        asyncio.run(dies_meanwhile())
+        asyncio.run(load_while_stopped(loader, small, partial(end, how)))
     assert len(load(loader, small)) == 1
     assert process not in loader._all and len(loader._all) == 1
     loader.close()
+
+
+def end(how: signal.Signals, pid: int) -> None:
+    os.kill(pid, how)
+    os.kill(pid, signal.SIGCONT)
+
+
+def test_a_picture_that_got_no_time_may_come_again() -> None:
+    """A process that the machine does not run: the picture is not to blame."""
+    loader = ImageLoader(SMALL, ImageLimits(num_workers=1, patience_s=0.2))
+    small = png(9, 9)
+    (process,) = (loader._take(),)
+    loader._give_back(process)
+    with pytest.raises(Overloaded, match="too busy to decode"):
+        asyncio.run(load_while_stopped(loader, small, lambda pid: None))
+    assert process not in loader._all
+    loader.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_a_process_that_was_told_to_end_is_not_its_pictures_fault(how: signal.Signals) -> None:
+    loader = ImageLoader(SMALL, ImageLimits(num_workers=1))
+    load(loader, png(9, 9))
+    with pytest.raises(Overloaded):
+        asyncio.run(load_while_stopped(loader, png(9, 9), partial(end, how)))
+    loader.close()
+
+
+def test_pictures_that_a_loader_gives_up_as_it_closes_are_not_to_blame() -> None:
+    loader = ImageLoader(SMALL, ImageLimits(num_workers=1))
+    load(loader, png(9, 9))
+    with pytest.raises(Overloaded, match="stops"):
+        asyncio.run(load_while_stopped(loader, png(9, 9), lambda pid: loader.close()))
+
+
+def test_a_process_that_starts_too_slowly_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.prompt.images.decoder_process.START_S", 0.0)
+    loader = ImageLoader(SMALL)
+    with pytest.raises(Overloaded, match="too busy to decode"):
+        load(loader, png(9, 9))
+    loader.close()
+
+
+WORKER = """
+import signal, socket, sys, time
+from router.prompt.images import worker
+from router.prompt.images.frames import receive, send
+from router.prompt.images.limits import ImageLimits
+from router.prompt.images.settings import ImageSettings
+
+def spin():
+    while True:
+        pass
+
+def answer(*_):
+    {work}
+    return b"T", [b"done"]
+
+worker._answer = answer
+ours, theirs = socket.socketpair()
+send(theirs, b"P", (b"x",))
+worker._serve_one(ours, ImageSettings(), ImageLimits(decode_s=0.1))
+print(bytes(receive(theirs, 10)[1]).decode())
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "exit_code", "said"), [("time.sleep(0.5)", 0, "done\n"), ("spin()", -signal.SIGPROF, "")]
+)
+def test_only_the_processors_time_is_held_against_a_picture(work: str, exit_code: int, said: str) -> None:
+    command = [sys.executable, "-c", WORKER.replace("{work}", work)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stdout) == (exit_code, said), ended.stderr
 
 
 def test_an_idle_process_that_died_is_replaced_unseen() -> None:

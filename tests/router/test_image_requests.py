@@ -10,7 +10,8 @@ import re
 import resource
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -30,9 +31,9 @@ from router.api.schema import parse_chat
 from router.engine.images import ImageInput
 from router.prompt.images.decode import decode_image
 from router.prompt.images.limits import ImageLimits
-from router.prompt.images.loader import ImageLoader
+from router.prompt.images.loader import ImageLoader, Picture
 from router.prompt.images.settings import ImageSettings
-from router.prompt.images.tiles import cut
+from router.prompt.images.tiles import ImageTiles, cut
 from router.prompt.images.tokens import ImageTokens
 from router.prompt.images.vision import Vision
 
@@ -309,6 +310,95 @@ def test_a_body_may_be_longer_by_its_images_only(vision: Vision) -> None:
     assert "100000 bytes" in Server(vision, options=options).refusal(chat([part] * 4), 413)["message"]
 
 
+class GatedLoader(ImageLoader):
+    """Decodes when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(SETTINGS)
+        self.gate = asyncio.Event()
+        self.num_waiting = 0
+
+    async def load(self, pictures: Sequence[Picture]) -> list[ImageTiles]:
+        self.num_waiting += 1
+        await self.gate.wait()
+        return await super().load(pictures)
+
+
+def test_bodies_in_flight_have_a_budget() -> None:
+    """Full while pictures wait to be decoded; text passes all the same; room comes back, whatever became of a body."""
+    noise = Image.effect_noise((400, 400), 90.0)
+    out = BytesIO()
+    noise.save(out, "PNG")
+    large = chat([picture(url_of(out.getvalue()))])
+    size = len(json.dumps(large))
+    assert 150_000 < size < 250_000
+    options = HttpOptions(max_body_bytes=100_000, max_image_body_bytes=300_000, max_bodies_bytes=300_000)
+    loader = GatedLoader()
+    server = Server(Vision(loader=loader, tokens=TOKENS), options=options, max_model_len=10**6)
+    answers = asyncio.Event()
+    server.backend.script = lambda asked: (*([answers] if asked.images else []), "ok", EOS, stop())
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        data = json.dumps(large).encode()
+        for start in range(0, len(data), 10_000):
+            yield data[start : start + 10_000]
+
+    async def submitted(count: int) -> None:
+        while len(server.backend.submissions) < count:
+            await asyncio.sleep(0)
+
+    async def go() -> None:
+        transport = httpx.ASGITransport(server._app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://herd", timeout=None) as client:
+            post = partial(client.post, "/v1/chat/completions")
+            running = [asyncio.create_task(post(json=large)) for _ in range(2)]
+            while loader.num_waiting < 2:
+                await asyncio.sleep(0)
+            for refused in (
+                await post(json=large),
+                await post(content=pieces(), headers={"content-type": "application/json"}),
+            ):
+                assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+                assert refused.json()["error"]["code"] == "server_overloaded"
+            assert (await post(json=chat([text("hi")]))).status_code == 200
+            loader.gate.set()
+            await submitted(3)
+            # Answers that still run hold nothing.
+            running += [asyncio.create_task(post(json=large)) for _ in range(2)]
+            await asyncio.wait([*running, asyncio.create_task(submitted(5))], return_when=asyncio.FIRST_COMPLETED)
+            answers.set()
+            assert [(await task).status_code for task in running] == [200] * 4
+            for body in (large, {**large, "model": "no"}, chat([picture("data:" + "x" * 200_000)]), large, large):
+                assert (await post(json=body)).status_code != 429
+
+    asyncio.run(go())
+    loader.close()
+
+
+def test_a_body_that_broke_off_gives_its_room_back() -> None:
+    options = HttpOptions(max_body_bytes=100_000, max_image_body_bytes=100_000, max_bodies_bytes=100_000)
+    server = Server(None, options=options, max_model_len=10**6)
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+
+    async def broken_off() -> None:
+        messages = iter(
+            [{"type": "http.request", "body": b"x" * 99_000, "more_body": True}, {"type": "http.disconnect"}]
+        )
+
+        async def receive() -> Any:
+            return next(messages)
+
+        async def send(message: Any) -> None:
+            raise AssertionError("nobody listens")
+
+        await server._app(scope, receive, send)
+
+    for _ in range(5):
+        asyncio.run(broken_off())
+    assert server.post(chat([text("x" * 99_000)]))[0].status_code == 200
+
+
 def test_images_are_not_kept_while_the_answer_runs(vision: Vision) -> None:
     request = parse_chat(chat([picture(url_of(file_of(3, 3)))]))
     ((path, upload),) = request.uploads
@@ -322,6 +412,25 @@ def test_images_are_not_kept_while_the_answer_runs(vision: Vision) -> None:
 @given(data=st.binary(max_size=40), media_type=st.sampled_from(["image/png", "Image/WebP", " image/jpeg ; a=b"]))
 def test_data_urls_give_their_bytes(data: bytes, media_type: str) -> None:
     assert decode_data_url(url_of(data, media_type)) == data
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    encoded=st.binary(max_size=30).map(lambda data: base64.b64encode(data).decode())
+    | st.lists(st.sampled_from(["AAAA", "+/+/", "AA==", "AAA=", "A", "="]), max_size=6).map("".join)
+    | st.lists(st.sampled_from("AB+/=-é\n"), max_size=24).map("".join),
+    pieces=st.integers(1, 4),
+)
+def test_base64_in_pieces_is_base64(encoded: str, pieces: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("router.api.data_url._PIECE", 4 * pieces)
+        try:
+            found: bytes | None = decode_data_url("data:image/png;base64," + encoded)
+        except InvalidInput:
+            found = None
+    whole = re.fullmatch(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", encoded)
+    expected = base64.b64decode(encoded) if whole else None
+    assert found == expected
 
 
 @settings(deadline=None, max_examples=300)

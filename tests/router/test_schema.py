@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.errors import CheckpointError, ContextOverflow, InvalidInput
+from router.api import body as body_module
 from router.api.body import MAX_DEPTH, MAX_NODES, parse_object
 from router.api.defaults import ServingDefaults, choice_seed, to_sampling
 from router.api.errors import Missing, Unsupported, api_error
-from router.api.fields import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION, near_miss
+from router.api.fields import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION, UNSUPPORTED_PICTURE, near_miss
 from router.api.schema import ChatCompletionRequest, CompletionRequest, parse_chat, parse_completion
 
+URL = "data:image/png;base64,AAAA"
 USER = {"role": "user", "content": "hi"}
 
 
@@ -259,13 +261,70 @@ def test_missing_content_is_named() -> None:
             {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "x", "detail": "low"}}]}]},
             "messages[0].content[0].image_url.detail",
         ),
+        ({"mm_processor_kwargs": {"max_patches": 1}}, "mm_processor_kwargs"),
+        ({"media_io_kwargs": {"image": {}}}, "media_io_kwargs"),
+        ({"multi_modal_data": {"image": "x"}}, "multi_modal_data"),
+        ({"images": ["x"]}, "images"),
+        ({"prompt": "x"}, "prompt"),
+        ({"messages": [{**USER, "images": ["x"]}]}, "messages[0].images"),
+        *(
+            (
+                {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "x", field: 1}}]}]},
+                f"messages[0].content[0].image_url.{field}",
+            )
+            for field in UNSUPPORTED_PICTURE
+        ),
+        (
+            {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "x"}, "max_pixels": 1}]}]},
+            "messages[0].content[0].max_pixels",
+        ),
+        *(
+            ({"messages": [{**USER, "content": [{"type": kind, kind: {}}]}]}, "messages[0].content[0].type")
+            for kind in ("image", "image_embeds", "input_image", "video_url")
+        ),
     ],
 )
 def test_what_would_change_the_answer_is_refused_and_named(fields: dict[str, Any], path: str) -> None:
     error = refused_chat(**fields)
     assert isinstance(error, Unsupported)
     assert error.field == path
-    assert "not supported by this server yet" in error.rule or "only parts of type" in error.rule
+    assert "not supported by this server yet" in error.rule
+
+
+@pytest.mark.parametrize("field", ["messages", "images", "mm_processor_kwargs", "media_io_kwargs", "multi_modal_data"])
+def test_pictures_beside_a_prompt_are_refused(field: str) -> None:
+    with pytest.raises(Unsupported) as caught:
+        parse_completion({"model": "m", "prompt": "x", field: {"image": 1}})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("kind", ["IMAGE_URL", "", "Text", None, 4, True, ["image_url"], {"a": 1}, "x" * 1000])
+def test_parts_of_unknown_types_are_told_both_types(kind: object) -> None:
+    error = refused_chat(
+        messages=[{**USER, "content": [{"type": "text", "text": "x"}, {"type": kind, "image_url": 1}]}]
+    )
+    assert (error.field, error.rule) == ("messages[0].content[1].type", "must be 'text' or 'image_url'")
+
+
+@pytest.mark.parametrize(
+    ("part", "path"),
+    [
+        ({"type": "image_url", "image_url": {"url": URL, "Detail": "low"}}, "image_url.Detail"),
+        ({"type": "image_url", "image_url": {"url": URL, "detial": "low"}}, "image_url.detial"),
+        ({"type": "image_url", "image_url": {"url": URL}, "imageUrl": {"url": URL}}, "imageUrl"),
+        ({"type": "text", "text": "x", "image-url": {"url": URL}}, "image-url"),
+        ({"type": "text", "text": "x", "image_url": {"url": URL}}, "image_url"),
+        ({"type": "image_url", "text": "x", "image_url": {"url": URL}}, "text"),
+    ],
+)
+def test_no_member_of_a_part_is_lost_in_silence(part: dict[str, Any], path: str) -> None:
+    assert refused_chat(messages=[{**USER, "content": [part]}]).field == f"messages[0].content[0].{path}"
+
+
+def test_members_of_parts_that_change_nothing_pass() -> None:
+    image = {"url": URL, "format": "image/png", "detail": None}
+    parts = [{"type": "text", "text": "x", "cache_control": {}}, {"type": "image_url", "image_url": image, "uuid": "a"}]
+    assert len(parse_chat(chat(messages=[{**USER, "content": parts}])).uploads) == 1
 
 
 @pytest.mark.parametrize("unsupported", [UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION])
@@ -403,6 +462,48 @@ def test_bad_bodies_are_refused(body: bytes, rule: str) -> None:
         parse_object(body)
     assert caught.value.field == "body"
     assert rule in caught.value.rule
+
+
+def shape_of(body: bytes) -> tuple[int, int]:
+    """(opening brackets and commas outside of strings, greatest depth), a byte at a time."""
+    num_nodes = depth = deepest = 0
+    in_string = escaped = False
+    for byte in body:
+        char = chr(byte)
+        if escaped and char in '"\\':
+            escaped = False
+            continue
+        escaped = char == "\\"
+        if char == '"':
+            in_string = not in_string
+        elif not in_string:
+            num_nodes += char in ",[{"
+            depth += (char in "[{") - (char in "]}")
+            deepest = max(deepest, depth)
+    return num_nodes, deepest
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    body=st.lists(st.sampled_from([b"[", b"]", b"{", b"}", b",", b'"', b"\\", b"a", b'\\"', b'"x"']), max_size=40).map(
+        b"".join
+    ),
+    window=st.integers(1, 12),
+    max_nodes=st.integers(0, 12),
+)
+def test_shapes_are_judged_alike_through_any_window(body: bytes, window: int, max_nodes: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(body_module, "WINDOW_BYTES", window)
+        patch.setattr(body_module, "MAX_NODES", max_nodes)
+        patch.setattr(body_module, "MAX_DEPTH", 3)
+        num_nodes, deepest = shape_of(body)
+        try:
+            body_module._check_shape(body)
+        except InvalidInput as error:
+            many_quotes = body.count(b'"') > 4 * max_nodes
+            assert (num_nodes > max_nodes or many_quotes) if "values" in error.rule else deepest > 3
+        else:
+            assert num_nodes <= max_nodes and deepest <= 3
 
 
 def test_brackets_in_strings_are_no_nesting() -> None:

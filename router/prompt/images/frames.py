@@ -17,26 +17,31 @@ class BadMessage(Exception):
     """The other side is gone, late, or says what it must not."""
 
 
+class Late(BadMessage):
+    """The instant passed until which the other side was waited for."""
+
+
 def send(link: socket.socket, kind: bytes, parts: Sequence[bytes], until: float | None = None) -> None:
-    """Send `parts` as one message. `until` is a `time.monotonic()` instant, None waits. Raises BadMessage."""
+    """Send `parts` as one message. `until` is a `time.monotonic()` instant, None waits. Raises BadMessage and Late."""
     head = _HEAD.pack(kind, sum(map(len, parts)))
     try:
         for part in (head, *parts):
             link.settimeout(_left(until))
             link.sendall(part)
     except OSError as error:
-        raise BadMessage(type(error).__name__) from error
+        raise _translated(error) from error
 
 
 def receive(link: socket.socket, max_bytes: int, until: float | None = None) -> tuple[bytes, bytearray]:
-    """The letter and the bytes of the next message. Raises BadMessage, before memory is taken for one too long."""
+    """The letter and the bytes of the next message. Raises Late, and BadMessage, before memory is taken for too long a
+    one."""
     try:
         kind, length = _HEAD.unpack(_read(link, _HEAD.size, until))
         if length > max_bytes:
             raise BadMessage(f"a message of {length} bytes")
         return kind, _read(link, length, until)
     except OSError as error:
-        raise BadMessage(type(error).__name__) from error
+        raise _translated(error) from error
 
 
 def _read(link: socket.socket, num_bytes: int, until: float | None) -> bytearray:
@@ -49,6 +54,11 @@ def _read(link: socket.socket, num_bytes: int, until: float | None) -> bytearray
             raise BadMessage("the end")
         view = view[got:]
     return data
+
+
+def _translated(error: OSError) -> BadMessage:
+    kind = Late if isinstance(error, TimeoutError) else BadMessage
+    return kind(type(error).__name__)
 
 
 def _left(until: float | None) -> float | None:

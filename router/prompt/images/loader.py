@@ -56,6 +56,10 @@ class ImageLoader:
             rule = f"a request may hold at most {limits.max_images} images"
             raise InvalidInput("messages", f"{len(files)} images", rule)
         pictures = [self._inspect(data, field) for field, data in files]
+        num_pixels = sum(picture.header.width * picture.header.height for picture in pictures)
+        if num_pixels > limits.max_request_pixels:
+            rule = f"the images of a request may have at most {limits.max_request_pixels} pixels together"
+            raise InvalidInput("messages", f"{num_pixels} pixels", rule)
         num_tiles = sum(picture.layout.num_tiles for picture in pictures)
         if num_tiles > limits.max_tiles:
             rule = (
@@ -74,7 +78,8 @@ class ImageLoader:
     async def load(self, pictures: Sequence[Picture]) -> list[ImageTiles]:
         """The tiles of all `pictures`, in their order, decoded one after another so that requests take turns.
 
-        Raises InvalidInput naming the picture's field, Overloaded when too many requests wait, and DecodingFailed.
+        Raises InvalidInput naming the picture's field, DecodingFailed, and Overloaded when too many requests wait or
+        the machine is too busy.
         """
         if self._num_requests >= self.limits.max_waiting:
             raise Overloaded(f"{self._num_requests} requests wait for their images", RETRY_S)
@@ -86,7 +91,7 @@ class ImageLoader:
             self._num_requests -= 1
 
     def close(self) -> None:
-        """End all processes. Pictures being decoded are refused."""
+        """End all processes. Pictures being decoded are given up, as Overloaded."""
         with self._lock:
             self._closed = True
             processes = list(self._all)

@@ -1,11 +1,11 @@
 """The process that decodes: takes files over a socket, gives tiles back, and holds nothing else worth stealing.
 
-Bounded in memory and, picture by picture, in time. It ends when its socket does. Never imported by the ingress.
+Bounded in memory and, picture by picture, in time of the processor. It ends when its socket does. Never imported by
+the ingress.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import resource
 import signal
@@ -17,15 +17,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from experts.errors import InvalidInput
+from router.allocator import return_large_blocks
 from router.prompt.images.decode import decode_image
 from router.prompt.images.frames import BadMessage, receive, send
 from router.prompt.images.limits import ImageLimits
 from router.prompt.images.messages import FAILED, READY, REFUSED, TILES, encode_tiles
 from router.prompt.images.settings import ImageSettings
 from router.prompt.images.tiles import cut
-
-_M_MMAP_THRESHOLD = -3
-"""glibc's number of this parameter of mallopt."""
 
 TOO_MUCH_MEMORY = "needs more memory to decode than this server allows"
 
@@ -38,6 +36,10 @@ def main() -> None:
     # A terminal sends Ctrl-C to everybody; the ingress decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
+    # Whoever started us may have ignored or held back what must be able to end this process.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    return_large_blocks()
     _bound_memory(limits.memory_bytes)
     with suppress(BadMessage):
         send(link, READY, ())
@@ -47,10 +49,11 @@ def main() -> None:
 
 def _serve_one(link: socket.socket, settings: ImageSettings, limits: ImageLimits) -> None:
     _, data = receive(link, limits.max_bytes)
-    # The signal's default action ends the process, whatever it is in.
-    signal.setitimer(signal.ITIMER_REAL, limits.decode_s)
+    # Time of the processor, not of the clock: a picture is not to blame for a busy machine. The signal's default
+    # action ends the process, whatever it is in.
+    signal.setitimer(signal.ITIMER_PROF, limits.decode_s)
     kind, parts = _answer(data, settings, limits)
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     send(link, kind, parts)
 
 
@@ -68,9 +71,6 @@ def _answer(data: bytearray, settings: ImageSettings, limits: ImageLimits) -> tu
 
 def _bound_memory(num_bytes: int) -> None:
     """So many more than now. Where the system cannot, the bound on pixels still holds."""
-    with suppress(OSError, AttributeError):
-        # glibc would learn to keep freed blocks of Pillow's size on a heap that seldom shrinks.
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
