@@ -152,6 +152,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--deterministic", action="store_true", help="measure what `herd serve --deterministic` runs")
     add("--json", metavar="FILE", help="write the results there as JSON, too; -: only that, to standard output")
     _add_bench_serve(kinds.add_parser("serve", help="load on any OpenAI-compatible server, seen by its clients"))
+    context = kinds.add_parser("context", help="a very long prompt on a tiny model, compared with a reference")
+    context.set_defaults(run=_bench_context)
+    context.add_argument("--tokens", metavar="T", default=1_000_000, type=int, help="length of the prompt (1000000)")
+    context.add_argument("--json", metavar="FILE", help="as above")
     dispatch = kinds.add_parser("dispatch", help="round trip of a block of rows, beside a bare gRPC echo")
     dispatch.set_defaults(run=_bench_dispatch)
     dispatch.add_argument("--hidden", metavar="H", default=1024, type=int, help="width of a row (1024)")
@@ -282,6 +286,17 @@ def _bench_serve(options: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(options).items() if name not in ("run", "json")}
     return bench_serve(load_settings(given), options.json, state_dirs(os.environ))
+
+
+def _bench_context(options: argparse.Namespace) -> int:
+    from cluster.measure.long_context import bench_context
+    from cluster.measure.report import print_results
+    from experts.errors import InvalidInput
+
+    if not 64 <= options.tokens <= 10_000_000:
+        raise InvalidInput("tokens", options.tokens, "must be between 64 and 10000000")
+    print_results([bench_context(options.tokens)], options.json)
+    return 0
 
 
 def _bench_dispatch(options: argparse.Namespace) -> int:

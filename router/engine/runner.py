@@ -59,7 +59,7 @@ class ModelRunner:
         self._micro_batches = micro_batches
         self._images = images
         self._device = decoder.weights.device
-        self._store = KVStore(
+        self.store = KVStore(
             decoder.config,
             num_global_slots=layout.num_global_blocks * layout.block_size,
             num_local_slots=layout.num_local_blocks * layout.block_size,
@@ -73,7 +73,7 @@ class ModelRunner:
         shares = [list(step.pieces[start :: self._micro_batches]) for start in range(self._micro_batches)]
         shares = [share for share in shares if share]
         features = self._features(step)
-        outputs = run(*(self._decoder.forward(self._pack(share, features), self._store) for share in shares))
+        outputs = run(*(self._decoder.forward(self._pack(share, features), self.store) for share in shares))
         sampled: dict[str, int | None] = {}
         reported: dict[str, TokenLogprobs] = {}
         lost: dict[str, frozenset[ExpertKey]] = {}
