@@ -88,8 +88,8 @@ def test_in_interleaved_halves(case: Case) -> None:
 
 
 def test_after_preemption(case: Case) -> None:
-    desk = Desk(case.decoder, budget=128, num_blocks=MAX_LEN // 8)
-    answers = desk.answer([*case.asks, *case.others(6, 3)])[: len(case.asks)]
+    desk = Desk(case.decoder, budget=128, num_blocks=MAX_LEN // 2, block_size=2)
+    answers = desk.answer([*case.others(3, 3), *case.asks])[3:]
     assert desk.runner.recomputed > 0
     case.check(answers)
 
@@ -135,12 +135,10 @@ def test_images(case: Case) -> None:
     rules = image_rules(case.model.config)
     generator = torch.Generator().manual_seed(2)
     images = [random_image(1 + number % 3, rules, number) for number in range(4)]
-    features = deterministic_features(case.model, case.settings)
-    alone = {
-        image.digest: deterministic_features(case.model, case.settings).of([image])[image.digest] for image in images
-    }
-    together = features.of(images)
-    assert all(same_bits(together[digest], alone[digest]) for digest in alone)
+    together = deterministic_features(case.model, case.settings).of(images)
+    for image in images:
+        alone = deterministic_features(case.model, case.settings).of([image])
+        assert same_bits(together[image.digest], alone[image.digest])
     asks = [
         Ask(prompt=tuple(prompt_around(some, rules, 10, generator, 1000)), seed=number, images=tuple(some))
         for number, some in enumerate(([images[0]], [images[1], images[2]], [images[3], images[0]]))
@@ -157,7 +155,7 @@ def test_images(case: Case) -> None:
             assert_same(found, answer)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(fields=text_fields(), seed=st.integers(0, 1 << 20), data=st.data())
 def test_models_of_any_widths(fields: dict[str, Any], seed: int, data: st.DataObject) -> None:
     """Odd sizes too: what tiles are filled with must not show."""
@@ -167,7 +165,7 @@ def test_models_of_any_widths(fields: dict[str, Any], seed: int, data: st.DataOb
     dtype = data.draw(st.sampled_from(["float32", "bfloat16"]), label="dtype")
     decoder = random_decoder(fields, seed, dtype)
     generator = torch.Generator().manual_seed(seed)
-    lengths = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=6), label="lengths")
+    lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=4), label="lengths")
     counts = [data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5), label="pieces") for _ in lengths]
     sequences = [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in lengths]
     packed = packed_logits(Stepper(decoder, sequences, block_size=5), counts)

@@ -43,7 +43,7 @@ class Ask:
 
     prompt: tuple[int, ...]
     seed: int
-    num_output: int = 5
+    num_output: int = 8
     images: tuple[ImageInput, ...] = ()
 
 
