@@ -54,9 +54,9 @@ class Case:
         for found, expected in zip(answers, self.alone, strict=True):
             assert_same(found, expected)
 
-    def others(self, count: int, seed: int) -> list[Ask]:
+    def others(self, count: int, seed: int, num_output: int = 9) -> list[Ask]:
         lengths = torch.randint(1, 100, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [Ask(prompt=prompt, seed=seed, num_output=9) for prompt in prompts(self.model, lengths, seed)]
+        return [Ask(prompt=prompt, seed=seed, num_output=num_output) for prompt in prompts(self.model, lengths, seed)]
 
 
 def prompts(model: Model, lengths: Sequence[int], seed: int) -> list[tuple[int, ...]]:
@@ -89,7 +89,7 @@ def test_in_interleaved_halves(case: Case) -> None:
 
 def test_after_preemption(case: Case) -> None:
     desk = Desk(case.decoder, budget=128, num_blocks=MAX_LEN // 2, block_size=2)
-    answers = desk.answer([*case.others(3, 3), *case.asks])[3:]
+    answers = desk.answer([*case.others(3, 3, num_output=100), *case.asks])[3:]
     assert desk.runner.recomputed > 0
     case.check(answers)
 
