@@ -2,15 +2,13 @@
 share of what the machine could do, and where the time goes.
 
 Prompts are random and all different, answers greedy, end tokens ignored. Prefill is timed on requests that want one
-token, decode on the same prompts from the moment that all of them have one.
+token, decode on the same prompts from the moment that all of them have one to that when one has its last.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import queue
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,19 +18,19 @@ import torch
 
 from cluster.config import ServeSettings
 from cluster.local import Model, build_engine, load_local_experts, open_model
+from cluster.measure.drive import Times, drive
 from cluster.measure.floor import StepShape, floor_s, step_bytes
 from cluster.measure.machine import Machine, measure_machine
 from cluster.measure.watch import Record, Seen, StopWatch, WatchedExperts, WatchedRunner
 from cluster.topology import Role, needs
+from experts.errors import InvalidInput
 from experts.placement import ExpertKey
 from router.engine.engine import Engine
-from router.engine.request import Event, FinishEvent, SamplingParams, TokenEvent
 from router.model.decoder import RoutedExperts
 
 if TYPE_CHECKING:
     from cluster.measure.hosts import HostProcesses
 
-TIMEOUT_S = 600.0
 SEED = 20240
 WARM_UP_TOKENS = 4
 WATCHED = ("attention", "shared", "experts", "sampling")
@@ -75,16 +73,12 @@ class Bench:
         """Speed of `batch` requests of `prompt` tokens that want `output` each."""
         prompts = self._prompts(batch, prompt, seed)
         self.record.steps.clear()
-        prefill_s, _, _ = self._run(prompts, 1)
+        prefill_s = drive(self.engine, prompts, 1, self.record.hold).prefill_s
         prefill = [seen.shape() for seen in self.record.steps]
-        self.record.steps.clear()
-        computed_before = self._host_compute_s()
-        _, decode_s, num_decoded = self._run(prompts, output)
-        computed_s = max((s - computed_before[name] for name, s in self._host_compute_s().items()), default=0.0)
-        decode = [seen for seen in self.record.steps if seen.is_decode_of(batch)]
+        times, decode, host_compute_s = self._decode(prompts, output)
         shapes = [seen.shape() for seen in decode]
         machine = self._machine(shapes)
-        step_s = decode_s * batch / num_decoded
+        step_s = times.decode_s * batch / times.num_decoded
         return EngineResult(
             transport=self.settings.transport,
             hosts=self.settings.hosts if self.hosts else 0,
@@ -92,18 +86,37 @@ class Bench:
             prompt=prompt,
             output=output,
             prefill_tokens_per_s=round(batch * prompt / prefill_s, 1),
-            decode_tokens_per_s=round(num_decoded / decode_s, 1),
+            decode_tokens_per_s=round(times.num_decoded / times.decode_s, 1),
             step_ms=round(step_s * 1e3, 2),
             floor_ratio=round(self._floor_s(shapes, machine) / len(shapes) / step_s, 3),
             prefill_floor_ratio=round(self._floor_s(prefill, machine) / prefill_s, 3),
             read_gb_per_s=round(machine.read_bytes_per_s / 1e9, 1),
             matmul_tflops=round(machine.flops_per_s / 1e12, 2),
-            split=self._split(step_s, decode, computed_s / len(self.record.steps)),
+            split=self._split(step_s, decode, host_compute_s),
         )
+
+    def _decode(self, prompts: Sequence[list[int]], output: int) -> tuple[Times, list[Seen], float]:
+        """When tokens came, the steps in which everyone decoded, and what the slowest host computed in one of them."""
+        self.record.steps.clear()
+        before: list[tuple[int, dict[str, float]]] = []
+        times = drive(
+            self.engine,
+            prompts,
+            output,
+            self.record.hold,
+            lambda: before.append((len(self.record.steps), self._host_compute_s())),
+        )
+        decode = [seen for seen in self.record.steps if seen.is_decode_of(len(prompts))]
+        if not decode or not times.num_decoded:
+            rule = f"is too short: of {len(prompts)} answers some end before all have begun"
+            raise InvalidInput("output", output, rule)
+        [(first, computed)] = before
+        spent_s = max((s - computed[name] for name, s in self._host_compute_s().items()), default=0.0)
+        return times, decode, spent_s / max(1, len(self.record.steps) - first)
 
     def warm_up(self, batch: int, prompt: int, seed: int) -> None:
         """Once through everything, so that memory is touched and kernels are chosen."""
-        self._run(self._prompts(batch, prompt, seed), WARM_UP_TOKENS)
+        drive(self.engine, self._prompts(batch, prompt, seed), WARM_UP_TOKENS, self.record.hold)
 
     def _machine(self, decode: Sequence[StepShape]) -> Machine:
         """This machine as all processes together use it, on as many bytes as a decode step reads."""
@@ -134,35 +147,6 @@ class Bench:
     def _host_compute_s(self) -> dict[str, float]:
         return self.hosts.compute_s() if self.hosts else {}
 
-    def _run(self, prompts: Sequence[list[int]], output: int) -> tuple[float, float, int]:
-        """Seconds until everyone had a first token, seconds from there to the end, and tokens decoded in those."""
-        arrived: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
-        sampling = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
-        started = time.perf_counter()
-        for number, ids in enumerate(prompts):
-            name = f"{started}-{number}"
-            self.engine.submit(
-                name,
-                0,
-                ids,
-                [],
-                sampling,
-                time.monotonic() + TIMEOUT_S,
-                lambda event: arrived.put((time.perf_counter(), event)),
-                cache_salt=name,  # nothing is found of what earlier runs computed
-            )
-        first: dict[str, float] = {}
-        times, finished = [], 0
-        while finished < len(prompts):
-            at, event = arrived.get(timeout=TIMEOUT_S)
-            if isinstance(event, TokenEvent):
-                first.setdefault(event.request_id, at)
-                times.append(at)
-            elif isinstance(event, FinishEvent):
-                finished += 1
-        begin = max(first.values())
-        return begin - started, max(times) - begin, sum(at > begin for at in times)
-
 
 def bench_engine(
     settings: ServeSettings,
@@ -171,9 +155,14 @@ def bench_engine(
     output: int,
     on_result: Callable[[EngineResult], None] = lambda _result: None,
 ) -> list[EngineResult]:
-    """Measure every combination of batch and prompt length on one engine, after one small warm-up each."""
+    """Measure every combination of batch and prompt length on one engine, after one small warm-up each.
+
+    Raises InvalidInput where a combination leaves nothing to measure.
+    """
+    if output < 2:
+        raise InvalidInput("output", output, "must be at least 2: the first token of an answer is no decode")
     # Full batches are measured: those whose prompts are done must not make the others wait.
-    settings = replace(settings, decode_stretch=math.inf)
+    settings = replace(settings, max_running=max(settings.max_running, *batches), decode_stretch=math.inf)
     model = open_model(settings.model_dir, settings.dtype)
     torch.set_num_threads(needs(settings, Role.ROUTER).threads)
     results = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -65,13 +65,12 @@ def host_processes(model: Model, settings: ServeSettings) -> Iterator[HostProces
 @contextmanager
 def remote_experts(model: Model, settings: ServeSettings) -> Iterator[tuple[RemoteExperts, HostProcesses]]:
     """Experts on host processes that are linked to this one."""
-    with host_processes(model, settings) as hosts:
-        transport = GrpcTransport(router_name="bench", terms=model.terms())
+    transport = GrpcTransport(router_name="bench", terms=model.terms())
+    with host_processes(model, settings) as hosts, closing(transport):
         remote = RemoteExperts(transport)
         remote.connect(hosts.view)
         await_links(transport, len(hosts.view.hosts))
         yield remote, hosts
-        transport.close()
 
 
 @contextmanager

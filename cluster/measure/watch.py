@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -66,10 +67,12 @@ class Seen:
 
 @dataclass
 class Record:
-    """All steps in order, and what the tokens of the step that runs have chosen so far."""
+    """All steps in order, and what the tokens of the step that runs have chosen so far. No step is computed while
+    someone has `hold`."""
 
     steps: list[Seen] = field(default_factory=list)
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+    hold: threading.Lock = field(default_factory=threading.Lock)
 
 
 class WatchedExperts:
@@ -110,6 +113,8 @@ class WatchedRunner:
         spans = tuple((piece.start, piece.count) for piece in step.pieces)
         num_samples = sum(piece.samples for piece in step.pieces)
         self._watch.seconds, self._record.chosen = {}, {}
+        with self._record.hold:
+            pass
         outcome = self._inner.run(step)
         seen = Seen(spans=spans, num_samples=num_samples, chosen=self._record.chosen, seconds=self._watch.seconds)
         self._record.steps.append(seen)

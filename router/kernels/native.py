@@ -88,6 +88,8 @@ class NativeAttend:
         fits = head_dim <= MAX_HEAD_DIM and not head_dim % STEP
         if not num_decodes or not fits or num_heads // keys_SGD.shape[1] > MAX_HEADS_PER_GROUP:
             return self._flash(query_TND, keys_SGD, values_SGD, spans, chunked)
+        if query_TND.stride()[1:] != (head_dim, 1):
+            query_TND = query_TND.contiguous()
         mixed_TND = query_TND.new_empty(query_TND.shape)
         self._fill_decodes(query_TND, mixed_TND, keys_SGD, values_SGD, spans[:num_decodes], chunked)
         self._flash.fill(mixed_TND, query_TND, keys_SGD, values_SGD, spans[num_decodes:], chunked)
