@@ -152,6 +152,15 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--deterministic", action="store_true", help="measure what `herd serve --deterministic` runs")
     add("--json", metavar="FILE", help="write the results there as JSON, too; -: only that, to standard output")
     _add_bench_serve(kinds.add_parser("serve", help="load on any OpenAI-compatible server, seen by its clients"))
+    loop = kinds.add_parser("loop", help="the engine, experts in this process, under a closed loop of clients")
+    loop.set_defaults(run=_bench_loop)
+    add = loop.add_argument
+    add("model_dir", metavar="MODEL_DIR", help="folder with config.json and safetensors files")
+    add("--concurrency", metavar="N", default=16, type=int, help="clients (16)")
+    add("--requests", metavar="N", default=64, type=int, help="requests of all clients together (64)")
+    add("--prompt", metavar="T", default=128, type=int, help="tokens of each prompt (128)")
+    add("--output", metavar="T", default=64, type=int, help="tokens of each answer (64)")
+    add("--json", metavar="FILE", help="as above")
     context = kinds.add_parser("context", help="a very long prompt on a tiny model, compared with a reference")
     context.set_defaults(run=_bench_context)
     context.add_argument("--tokens", metavar="T", default=1_000_000, type=int, help="length of the prompt (1000000)")
@@ -286,6 +295,21 @@ def _bench_serve(options: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(options).items() if name not in ("run", "json")}
     return bench_serve(load_settings(given), options.json, state_dirs(os.environ))
+
+
+def _bench_loop(options: argparse.Namespace) -> int:
+    from cluster.config import parse_settings
+    from cluster.measure.closed_loop import bench_loop
+    from cluster.measure.report import print_results
+    from experts.errors import InvalidInput
+
+    for name in ("concurrency", "requests", "prompt", "output"):
+        if getattr(options, name) < 1:
+            raise InvalidInput(name, getattr(options, name), "must be at least 1")
+    settings = parse_settings({"model_dir": options.model_dir, "transport": "local"})
+    result = bench_loop(settings, options.concurrency, options.requests, options.prompt, options.output)
+    print_results([result], options.json)
+    return 0
 
 
 def _bench_context(options: argparse.Namespace) -> int:

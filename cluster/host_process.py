@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from cluster.config import ServeSettings
-from cluster.local import choose_products, open_model
+from cluster.local import choose_device, choose_products, open_model
 from cluster.metrics import HostNumbers, MetricsPage, host_families
 from cluster.topology import Role, advertised_host, needs
 from experts.errors import HerdError
@@ -51,7 +51,7 @@ class HostProcess:
         torch.set_num_threads(needs(settings, Role.HOST).threads)
         self.name = name
         model = open_model(settings.model_dir, settings.dtype)
-        self.host = ExpertHost(name, model.store(), choose_products(model, settings))
+        self.host = ExpertHost(name, model.store(choose_device(settings)), choose_products(model, settings))
         self.incarnation = time.time_ns()
         bind = settings.host_bind or bind
         self.server = serve_expert_host(

@@ -16,22 +16,28 @@ from cluster.image_rules import image_rules
 from experts.arithmetic import Arithmetic
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig, load_config
+from experts.errors import InvalidInput
 from experts.kernels.native import choose_arithmetic
 from experts.link_terms import LinkTerms
 from experts.placement import ExpertKey
 from experts.weights import ExpertStore
 from router.checkpoint import load_trunk, load_vision
+from router.engine.cuda_graphs import GraphRecorder
 from router.engine.engine import Engine, Runner
 from router.engine.image_features import MAX_TILES_AT_ONCE, ImageFeatures
 from router.engine.kv_cache import KVCache
 from router.engine.kv_layout import KVLayout, plan_layout
 from router.engine.runner import ModelRunner, bytes_per_block
 from router.engine.scheduler import Scheduler, SchedulerConfig
+from router.engine.static_steps import StaticSteps
 from router.kernels.native import choose_attend
 from router.kernels.sublayer import choose_attention
 from router.local_experts import LocalExperts
 from router.model.decoder import Decoder, Meter, RoutedExperts
+from router.model.kv_store import KVStore
+from router.model.static_decode import ExpertsAtHand
 from router.prompt.stop_ids import default_stop_ids
+from router.stacked_experts import StackedExperts
 
 BLOCK_SIZE = 64
 SMALL_BLOCK_SIZES = range(BLOCK_SIZE, 7, -1)
@@ -54,8 +60,8 @@ class Model:
             checkpoint_digest=self.checkpoint.digest(), dtype=self.dtype, hidden_size=self.config.hidden_size
         )
 
-    def store(self) -> ExpertStore:
-        return ExpertStore(self.checkpoint, self.config, self.dtype)
+    def store(self, device: torch.device) -> ExpertStore:
+        return ExpertStore(self.checkpoint, self.config, self.dtype, device)
 
 
 def open_model(model_dir: Path, dtype: str = "auto") -> Model:
@@ -71,18 +77,27 @@ def open_model(model_dir: Path, dtype: str = "auto") -> Model:
     )
 
 
+def choose_device(settings: ServeSettings) -> torch.device:
+    """Where this process computes. Raises InvalidInput where it cannot."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput("device", settings.device, "needs a CUDA device, and torch finds none on this machine")
+    return torch.device(settings.device)
+
+
 def choose_products(model: Model, settings: ServeSettings) -> Arithmetic:
     """How this machine computes products of rows and weights under `settings`."""
     config = model.config
     widths = (config.hidden_size, config.head_dim // 2, config.expert_size, config.dense_size, config.experts_per_token)
-    device = torch.device(settings.device)
-    return choose_arithmetic(model.dtype, device, deterministic=settings.deterministic, widths=widths)
+    return choose_arithmetic(model.dtype, choose_device(settings), deterministic=settings.deterministic, widths=widths)
 
 
 def load_local_experts(model: Model, settings: ServeSettings) -> LocalExperts:
     """All routed experts of the model, in this process. Raises CheckpointError."""
-    store = model.store()
-    return LocalExperts({key: store.load(*key) for key in store.all_keys()}, choose_products(model, settings))
+    store, arithmetic = model.store(choose_device(settings)), choose_products(model, settings)
+    if settings.device == "cpu":
+        return LocalExperts({key: store.load(*key) for key in store.all_keys()}, arithmetic)
+    stacks = {layer: store.load_layer(layer) for layer in model.config.moe_layers}
+    return LocalExperts.over(StackedExperts(stacks), arithmetic)
 
 
 def build_engine(
@@ -91,12 +106,14 @@ def build_engine(
     experts: RoutedExperts,
     available: Callable[[frozenset[ExpertKey]], bool],
     *,
+    at_hand: ExpertsAtHand | None = None,
     meter: Meter | None = None,
     wrap: Callable[[Runner], Runner] = lambda runner: runner,
 ) -> Engine:
     """Load trunk and vision tower and put an engine around them, not started. Raises CheckpointError, InvalidInput.
 
-    `meter` and `wrap` let a bench look on.
+    `at_hand` are the same experts for steps in fixed shapes, where they are in this process. `meter` and `wrap` let a
+    bench look on.
     """
     layout = plan_kv(model, settings)
     capacity = layout.capacity_tokens(model.config.max_position)
@@ -112,15 +129,17 @@ def build_engine(
             eos_ids=model.eos_ids,
         ),
     )
-    device = torch.device(settings.device)
+    device = choose_device(settings)
     trunk = load_trunk(model.checkpoint, model.config, model.dtype, device)
     arithmetic = choose_products(model, settings)
     attend = choose_attend(model.dtype, device, arithmetic)
+    decoder = Decoder(model.config, trunk, experts, arithmetic, attend, meter, choose_attention)
     runner = ModelRunner(
-        Decoder(model.config, trunk, experts, arithmetic, attend, meter, choose_attention),
+        decoder,
         layout,
         eos_ids=sorted(model.eos_ids),
         images=_image_features(model, settings),
+        static=_static_steps(decoder, layout, settings, at_hand),
     )
     return Engine(
         scheduler=scheduler,
@@ -131,10 +150,20 @@ def build_engine(
     )
 
 
+def _static_steps(
+    decoder: Decoder, layout: KVLayout, settings: ServeSettings, at_hand: ExpertsAtHand | None
+) -> Callable[[KVStore], StaticSteps] | None:
+    """Only launches cost enough to be recorded; on CPUs, and for one order of sums, steps run as they come."""
+    device = choose_device(settings)
+    if device.type != "cuda" or settings.deterministic:
+        return None
+    return lambda store: StaticSteps(decoder, store, layout, at_hand=at_hand, record=GraphRecorder(device))
+
+
 def _image_features(model: Model, settings: ServeSettings) -> ImageFeatures | None:
     if model.config.vision is None:
         return None
-    vision = load_vision(model.checkpoint, model.config, model.dtype, torch.device(settings.device))
+    vision = load_vision(model.checkpoint, model.config, model.dtype, choose_device(settings))
     # Alone, a tile is the same bits whatever else a step needs.
     at_once = 1 if settings.deterministic else MAX_TILES_AT_ONCE
     return ImageFeatures(vision, model.config.vision, tiles_at_once=at_once)

@@ -38,7 +38,8 @@ class RouterProcess:
         self.model = open_model(settings.model_dir, settings.dtype)
         self.experts = self._experts(settings)
         available = self.experts.available if isinstance(self.experts, RemoteExperts) else _always
-        self.engine = build_engine(self.model, settings, self.experts, available)
+        at_hand = self.experts.stacked if isinstance(self.experts, LocalExperts) else None
+        self.engine = build_engine(self.model, settings, self.experts, available, at_hand=at_hand)
         self.server = RouterServer(self.engine, bind=bind, ports=settings.router_ports)
         self.link = MemberLink(resolve=resolve, report=self.report, on_view=self._use)
         self.metrics = MetricsPage(lambda: router_families(self.numbers()), bind=bind, ports=settings.metrics_ports)

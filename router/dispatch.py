@@ -16,7 +16,7 @@ from experts.errors import DeadlinePassed, TransportError
 from experts.placement import ClusterView, ExpertKey
 from experts.transport.base import Segment, Shipment, Ticket, Transport
 from router.failover import Answered, Begin, DispatchState, Effect, Event, Failed, Lose, Policy, Reach, Send, step
-from router.routed import Combined, Routing, RowGroups, group_rows, ungroup_rows
+from router.routed import Combined, Routing, RowGroups, group_rows, to_host, ungroup_rows
 
 
 @dataclass
@@ -73,7 +73,8 @@ class RemoteExperts:
 
     def dispatch(self, layer: int, x_TH: torch.Tensor, routing: Routing) -> RemotePending:
         """Send every row on its way; see the decoder's `RoutedExperts`."""
-        pending = RemotePending(self, layer, group_rows(x_TH, routing), routing)
+        here_TH, routing = to_host(x_TH, routing)
+        pending = RemotePending(self, layer, group_rows(here_TH, routing), routing, x_TH.device)
         self.stats.dispatches += 1
         self._perform(pending, Begin(rows=pending.rows_per_key()))
         return pending
@@ -130,13 +131,17 @@ _NOWHERE = Reach(placement=ClusterView().placement, usable=frozenset())
 class RemotePending:
     """Rows of one layer under way. Owned by `RemoteExperts`; the decoder only calls `combine`."""
 
-    def __init__(self, owner: RemoteExperts, layer: int, groups: RowGroups, routing: Routing) -> None:
+    def __init__(
+        self, owner: RemoteExperts, layer: int, groups: RowGroups, routing: Routing, device: torch.device
+    ) -> None:
+        """`groups` and `routing` are in the host's memory, what is combined goes to `device`."""
         self.state = DispatchState()
         self.lost: set[ExpertKey] = set()
         self._owner = owner
         self._groups = groups
         self._routing = routing
-        self._rows_RH = groups.rows_RH.to("cpu")
+        self._device = device
+        self._rows_RH = groups.rows_RH
         self._y_RH = torch.zeros_like(self._rows_RH)
         self._place: dict[ExpertKey, slice] = {}
         self._sent: dict[int, tuple[ExpertKey, ...]] = {}
@@ -172,9 +177,8 @@ class RemotePending:
     def combine(self) -> Combined:
         """Wait for the rows under way (each shipment has a deadline) and sum them per token."""
         self._owner.wait(self)
-        device = self._groups.rows_RH.device
-        y_TH = ungroup_rows(self._groups, self._y_RH.to(device), self._routing)
-        return Combined(y_TH=y_TH, lost=self._lost_rows())
+        y_TH = ungroup_rows(self._groups, self._y_RH, self._routing)
+        return Combined(y_TH=y_TH.to(self._device), lost=self._lost_rows())
 
     def _lost_rows(self) -> dict[int, tuple[ExpertKey, ...]]:
         lost: dict[int, tuple[ExpertKey, ...]] = {}

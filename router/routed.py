@@ -5,6 +5,7 @@ Shape letters: T rows (tokens of a packed step), K experts per token, H hidden s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,27 @@ class RowGroups:
     choice_R: torch.Tensor
     experts: tuple[int, ...]
     counts: tuple[int, ...]
+
+
+def to_host(x_TH: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Routing]:
+    """Rows and what was chosen for them in the host's memory, by a single copy."""
+    if x_TH.device.type == "cpu":
+        return x_TH, routing
+    # The widest type first, so that each part is aligned to its own.
+    parts = (routing.expert_TK, routing.score_TK, x_TH)
+    expert_TK, score_TK, x_TH = unpack_bytes(pack_bytes(parts).cpu(), parts)
+    return x_TH, Routing(expert_TK=expert_TK, score_TK=score_TK)
+
+
+def pack_bytes(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The bytes of all parts, uint8, one after the other."""
+    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+
+
+def unpack_bytes(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Undo `pack_bytes`: views of `packed` in the shapes and types of `like`."""
+    pieces = torch.split(packed, [part.nbytes for part in like])
+    return [piece.view(part.dtype).view(part.shape) for piece, part in zip(pieces, like, strict=True)]
 
 
 def group_rows(x_TH: torch.Tensor, routing: Routing) -> RowGroups:

@@ -17,22 +17,25 @@ from router.routed import sum_choices
 
 
 class StackedExperts:
-    """Fulfils `ExpertsAtHand`. `stacks` are the experts of each MoE layer."""
+    """Fulfils `ExpertsAtHand`. `stacks` are the experts of each MoE layer, in order of the layers.
+
+    `rows_LE` are the rows computed since the start, by MoE layer and expert. They are counted where they are computed,
+    and read when somebody asks.
+    """
 
     def __init__(self, stacks: Mapping[int, ExpertStack]) -> None:
         self._stacks = dict(stacks)
-        # Rows by expert are counted where they are computed, and read when somebody asks.
-        self._rows_E = {
-            layer: torch.zeros(len(stack), dtype=torch.int64, device=stack.down_EHF.device)
-            for layer, stack in self._stacks.items()
-        }
+        self.layers = tuple(self._stacks)
+        self._index = {layer: index for index, layer in enumerate(self.layers)}
+        num_experts = max(map(len, self._stacks.values()), default=0)
+        device = next((stack.down_EHF.device for stack in self._stacks.values()), None)
+        self.rows_LE = torch.zeros((len(self._stacks), num_experts), dtype=torch.int64, device=device)
 
     def compute(self, leaving: Leaving, live_B: torch.Tensor) -> torch.Tensor:
         """[B, H]: the sum of each row's experts."""
-        layer, routing = leaving.layer, leaving.routing
-        stack = self._stacks[layer]
+        stack, routing = self._stacks[leaving.layer], leaving.routing
         live_BK = live_B[:, None].expand_as(routing.expert_TK)
-        self._rows_E[layer].scatter_add_(0, routing.expert_TK.flatten(), live_BK.flatten())
+        self.rows_LE[self._index[leaving.layer]].scatter_add_(0, routing.expert_TK.flatten(), live_BK.flatten())
         expert_R, choice_R = torch.sort(routing.expert_TK.flatten(), stable=True)
         score_R1 = routing.score_TK.flatten()[choice_R][:, None]
         rows_RH = leaving.x_BH[choice_R // routing.expert_TK.shape[1]] * score_R1
@@ -52,7 +55,7 @@ class StackedExperts:
         """Rows computed since the start, of experts that had any."""
         return {
             (layer, expert): count
-            for layer, rows_E in self._rows_E.items()
-            for expert, count in enumerate(rows_E.tolist())
+            for layer, counts in zip(self._stacks, self.rows_LE.tolist(), strict=True)
+            for expert, count in enumerate(counts)
             if count
         }

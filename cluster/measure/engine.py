@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cluster.config import ServeSettings
-from cluster.local import Model, build_engine, load_local_experts, open_model
+from cluster.local import Model, build_engine, choose_device, load_local_experts, open_model
 from cluster.measure.drive import Times, drive
 from cluster.measure.floor import StepShape, floor_s, step_bytes
 from cluster.measure.machine import Machine, measure_machine
@@ -27,6 +27,7 @@ from experts.errors import InvalidInput
 from experts.placement import ExpertKey
 from router.engine.engine import Engine
 from router.model.decoder import RoutedExperts
+from router.stacked_experts import StackedExperts
 
 if TYPE_CHECKING:
     from cluster.measure.hosts import HostProcesses
@@ -123,7 +124,12 @@ class Bench:
         threads = needs(self.settings, Role.ROUTER).threads + (len(self.hosts.pipes) if self.hosts else 0)
         itemsize = self.model.dtype.itemsize
         size = sum(step_bytes(self.model.config, itemsize, shape) for shape in decode) / len(decode)
-        return measure_machine(num_bytes=int(size), dtype=self.model.dtype, threads=min(threads, os.cpu_count() or 1))
+        return measure_machine(
+            num_bytes=int(size),
+            dtype=self.model.dtype,
+            threads=min(threads, os.cpu_count() or 1),
+            device=choose_device(self.settings),
+        )
 
     def _floor_s(self, shapes: Sequence[StepShape], machine: Machine) -> float:
         return sum(floor_s(self.model.config, self.model.dtype.itemsize, shape, machine) for shape in shapes)
@@ -180,19 +186,23 @@ def bench_of(model: Model, settings: ServeSettings) -> Iterator[Bench]:
     watch, record = StopWatch(), Record()
 
     def engine_with(
-        experts: RoutedExperts, available: Callable[[frozenset[ExpertKey]], bool] = lambda _missing: True
+        experts: RoutedExperts,
+        available: Callable[[frozenset[ExpertKey]], bool] = lambda _missing: True,
+        at_hand: StackedExperts | None = None,
     ) -> Engine:
         return build_engine(
             model,
             settings,
             WatchedExperts(experts, watch, record),
             available,
+            at_hand=at_hand,
             meter=watch,
-            wrap=lambda runner: WatchedRunner(runner, watch, record),
+            wrap=lambda runner: WatchedRunner(runner, watch, record, at_hand),
         )
 
     if settings.transport == "local":
-        with _running(engine_with(load_local_experts(model, settings))) as engine:
+        local = load_local_experts(model, settings)
+        with _running(engine_with(local, at_hand=local.stacked)) as engine:
             yield Bench(engine, model, settings, record, None)
         return
     # Only here, so that a bench without hosts needs no gRPC.

@@ -14,7 +14,7 @@ import torch
 
 from cluster.config import ServeSettings
 from cluster.control.pack import pack
-from cluster.local import Model, choose_products, open_model
+from cluster.local import Model, choose_device, choose_products, open_model
 from cluster.topology import Role, needs
 from experts.host import ExpertHost
 from experts.link_terms import LinkTerms
@@ -117,7 +117,7 @@ def _host_main(pipe: Connection, name: str, settings: ServeSettings, keys: Seque
     """A host process: load, listen, say where, and end when the parent's end of the pipe closes."""
     torch.set_num_threads(needs(settings, Role.HOST).threads)
     model = open_model(settings.model_dir, settings.dtype)
-    host = ExpertHost(name, model.store(), choose_products(model, settings))
+    host = ExpertHost(name, model.store(choose_device(settings)), choose_products(model, settings))
     for key in keys:
         host.load(key)
     serve_until_closed(pipe, host, model.terms())

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from cluster.config import ServeSettings
 from cluster.local import Model, build_engine, load_local_experts, open_model
-from cluster.measure.hosts import TIMEOUT_S
+from cluster.measure.drive import TIMEOUT_S
 from cluster.topology import Role, needs
 from experts.arithmetic import rms_norm
 from experts.config import ModelConfig, parse_config

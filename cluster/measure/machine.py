@@ -40,45 +40,56 @@ class Machine:
         return max(num_bytes / self.read_bytes_per_s, flops / self.flops_per_s)
 
 
-def measure_machine(*, num_bytes: int, dtype: torch.dtype, threads: int) -> Machine:
-    """Measure reading on a buffer of `num_bytes`, about what a step reads, and products in `dtype`."""
+def measure_machine(
+    *, num_bytes: int, dtype: torch.dtype, threads: int, device: torch.device = torch.device("cpu")
+) -> Machine:
+    """Measure reading on a buffer of `num_bytes`, about what a step reads, and products in `dtype`, on `device`."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         return Machine(
-            read_bytes_per_s=_read_rate(min(max(num_bytes, READ_BYTES[0]), READ_BYTES[1])),
-            flops_per_s=max(_matmul_rate(shape, dtype) for shape in MATMUL_SHAPES),
+            read_bytes_per_s=_read_rate(min(max(num_bytes, READ_BYTES[0]), READ_BYTES[1]), device),
+            flops_per_s=max(_matmul_rate(shape, dtype, device) for shape in MATMUL_SHAPES),
             threads=threads,
         )
     finally:
         torch.set_num_threads(before)
 
 
-def _read_rate(num_bytes: int) -> float:
-    buffer = torch.ones(num_bytes // 8, dtype=torch.int64)
-    library = _probe()
+def _read_rate(num_bytes: int, device: torch.device) -> float:
+    buffer = torch.ones(num_bytes // 8, dtype=torch.int64, device=device)
+    library = _probe() if device.type == "cpu" else None
     if library is None:
         read: Callable[[], object] = buffer.sum
     else:
         read = partial(library.herd_read, buffer.data_ptr(), num_bytes, torch.get_num_threads())
-    return num_bytes / _median_s(read)
+    return num_bytes / _median_s(read, device)
 
 
-def _matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype) -> float:
+def _matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
     """Of whichever kernel of ours or of torch is faster: a floor that torch alone could not reach is none."""
     rows, outputs, inputs = shape
-    x, weight = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
-    ours = choose_arithmetic(dtype, x.device)
-    best = min(_median_s(lambda: F.linear(x, weight)), _median_s(lambda: ours.linear(x[:512], weight)) * rows / 512)
+    x = torch.ones(rows, inputs, dtype=dtype, device=device)
+    weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
+    ours = choose_arithmetic(dtype, device)
+    best = min(
+        _median_s(lambda: F.linear(x, weight), device),
+        _median_s(lambda: ours.linear(x[:512], weight), device) * rows / 512,
+    )
     return 2 * rows * outputs * inputs / best
 
 
-def _median_s(action: Callable[[], object]) -> float:
-    action()
+def _median_s(action: Callable[[], object], device: torch.device) -> float:
+    def finish() -> None:
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    finish()
     times = []
     for _ in range(REPEATS):
         started = time.perf_counter()
-        action()
+        finish()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 

@@ -15,6 +15,7 @@ from router.engine.runner import StepOutcome
 from router.engine.scheduler import Step
 from router.model.decoder import Pending, RoutedExperts
 from router.routed import Combined, Routing
+from router.stacked_experts import StackedExperts
 
 
 class StopWatch:
@@ -48,19 +49,23 @@ class _Lap:
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One step: its spans and samples, which experts its tokens chose in each layer, and seconds by part."""
+    """One step: its spans and samples, which experts its tokens chose in each layer, and seconds by part. `counted` are
+    the rows by layer and expert of a step in a fixed shape, where nobody sees what is chosen."""
 
     spans: tuple[tuple[int, int], ...]
     num_samples: int
     chosen: dict[int, torch.Tensor]
     seconds: dict[str, float]
+    counted: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def is_decode_of(self, batch: int) -> bool:
         """Whether it computed one token of each of `batch` sequences."""
         return len(self.spans) == batch and all(count == 1 for _, count in self.spans)
 
     def shape(self) -> StepShape:
-        counts = {layer: torch.bincount(expert_TK.flatten()) for layer, expert_TK in self.chosen.items()}
+        counts = {
+            layer: torch.bincount(expert_TK.flatten()) for layer, expert_TK in self.chosen.items()
+        } or self.counted
         rows = {layer: count_E[count_E > 0].tolist() for layer, count_E in counts.items()}
         return StepShape(spans=self.spans, num_samples=self.num_samples, expert_rows=rows)
 
@@ -102,12 +107,13 @@ class WatchedPending:
 
 
 class WatchedRunner:
-    """Runs steps on `inner` and notes them."""
+    """Runs steps on `inner` and notes them. `at_hand` counts the rows of steps that dispatch none."""
 
-    def __init__(self, inner: Runner, watch: StopWatch, record: Record) -> None:
+    def __init__(self, inner: Runner, watch: StopWatch, record: Record, at_hand: StackedExperts | None = None) -> None:
         self._inner = inner
         self._watch = watch
         self._record = record
+        self._at_hand = at_hand
 
     def run(self, step: Step) -> StepOutcome:
         spans = tuple((piece.start, piece.count) for piece in step.pieces)
@@ -115,7 +121,17 @@ class WatchedRunner:
         self._watch.seconds, self._record.chosen = {}, {}
         with self._record.hold:
             pass
+        before_LE = self._at_hand.rows_LE.clone() if self._at_hand else None
         outcome = self._inner.run(step)
-        seen = Seen(spans=spans, num_samples=num_samples, chosen=self._record.chosen, seconds=self._watch.seconds)
+        counted: dict[int, torch.Tensor] = {}
+        if self._at_hand is not None and before_LE is not None:
+            counted = dict(zip(self._at_hand.layers, self._at_hand.rows_LE - before_LE, strict=True))
+        seen = Seen(
+            spans=spans,
+            num_samples=num_samples,
+            chosen=self._record.chosen,
+            seconds=self._watch.seconds,
+            counted=counted,
+        )
         self._record.steps.append(seen)
         return outcome

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from router.engine.packing import NO_FEATURES, images_of, pack
 from router.engine.request import Request, TokenLogprobs
 from router.engine.sampler import sample
 from router.engine.scheduler import Piece, Step
+from router.engine.static_steps import StaticSteps
 from router.model.decoder import Decoder, PackedBatch, StepOutput, run
 from router.model.kv_store import KVStore
 
@@ -42,7 +43,8 @@ def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) ->
 
 class ModelRunner:
     """Runs steps on one decoder. `micro_batches` > 1 splits a step's requests into that many interleaved forwards,
-    each computing while another's rows travel. Steps with images need `images`."""
+    each computing while another's rows travel. Steps with images need `images`. `static` makes what runs the steps that
+    fit a fixed shape; all others run as they come."""
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class ModelRunner:
         eos_ids: Sequence[int],
         micro_batches: int = 1,
         images: ImageFeatures | None = None,
+        static: Callable[[KVStore], StaticSteps] | None = None,
     ) -> None:
         self._decoder = decoder
         self._layout = layout
@@ -66,14 +69,12 @@ class ModelRunner:
             dtype=decoder.weights.dtype,
             device=self._device,
         )
+        self._static = static(self.store) if static else None
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepOutcome:
         """Compute every piece of `step` and sample where a piece ends at its request's last known token."""
-        shares = [list(step.pieces[start :: self._micro_batches]) for start in range(self._micro_batches)]
-        shares = [share for share in shares if share]
-        features = self._features(step)
-        outputs = run(*(self._decoder.forward(self._pack(share, features), self.store) for share in shares))
+        shares, outputs = self._compute(step)
         sampled: dict[str, int | None] = {}
         reported: dict[str, TokenLogprobs] = {}
         lost: dict[str, frozenset[ExpertKey]] = {}
@@ -90,6 +91,16 @@ class ModelRunner:
             failed=frozenset(name for name, token in sampled.items() if token is None),
             logprobs=reported,
         )
+
+    def _compute(self, step: Step) -> tuple[list[list[Piece]], list[StepOutput]]:
+        """The pieces in shares, and what came of each share."""
+        whole = self._static.run(step.pieces) if self._static else None
+        if whole is not None:
+            return [list(step.pieces)], [whole]
+        shares = [list(step.pieces[start :: self._micro_batches]) for start in range(self._micro_batches)]
+        shares = [share for share in shares if share]
+        features = self._features(step)
+        return shares, run(*(self._decoder.forward(self._pack(share, features), self.store) for share in shares))
 
     def _features(self, step: Step) -> Mapping[bytes, torch.Tensor]:
         images = images_of(step.pieces)

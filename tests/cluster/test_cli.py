@@ -10,6 +10,7 @@ import pytest
 from cluster.cli import main
 from cluster.run_file import RunFile, run_file_path, state_dirs, write_run_file
 from cluster.show import as_json, as_text
+from cluster.tiny import make_tiny
 from experts.placement import HostInfo, IngressInfo, RouterInfo
 from experts.reports import ClusterStatus, ControllerInfo
 
@@ -58,6 +59,17 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list
     assert captured.out == ""
     assert words in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_a_device_that_is_not_there_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make_tiny("guard", tmp_path / "tiny")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench", "engine", str(tmp_path / "tiny"), "--transport", "local", "--device", "cuda"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "herd: device: needs a CUDA device, and torch finds none on this machine (got 'cuda')\n"
 
 
 def test_a_leftover_run_file_is_not_a_cluster(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -22,12 +22,17 @@ from router.model.kv_store import KVStore
 CPU = torch.device("cpu")
 
 
-def load_decoder(model_dir: Path, dtype: torch.dtype = torch.float32, experts: RoutedExperts | None = None) -> Decoder:
+def load_decoder(
+    model_dir: Path,
+    dtype: torch.dtype = torch.float32,
+    experts: RoutedExperts | None = None,
+    device: torch.device = CPU,
+) -> Decoder:
     """The whole model of a folder in this process."""
     config, checkpoint = load_config(model_dir), Checkpoint(model_dir)
-    store = ExpertStore(checkpoint, config, dtype)
+    store = ExpertStore(checkpoint, config, dtype, device)
     routed = experts or LocalExperts({key: store.load(*key) for key in store.all_keys()})
-    return Decoder(config, load_trunk(checkpoint, config, dtype, CPU), routed)
+    return Decoder(config, load_trunk(checkpoint, config, dtype, device), routed)
 
 
 class Stepper:
@@ -66,7 +71,11 @@ class Stepper:
         ]
         slots = blocks * block_size * len(sequences)
         self.store = KVStore(
-            decoder.config, num_global_slots=slots, num_local_slots=slots, dtype=decoder.weights.dtype, device=CPU
+            decoder.config,
+            num_global_slots=slots,
+            num_local_slots=slots,
+            dtype=decoder.weights.dtype,
+            device=decoder.weights.device,
         )
 
     def step(self, counts: dict[int, int]) -> StepOutput:
@@ -81,7 +90,11 @@ class Stepper:
     def pack(self, counts: dict[int, int]) -> PackedBatch:
         chunk = self.decoder.config.chunk_size
         return pack(
-            self.pieces(counts), block_size=self.block_size, chunk_size=chunk, device=CPU, features=self.features
+            self.pieces(counts),
+            block_size=self.block_size,
+            chunk_size=chunk,
+            device=self.decoder.weights.device,
+            features=self.features,
         )
 
     def pieces(self, counts: dict[int, int]) -> list[Piece]:
