@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import Threads, needs_kernels, same_bits
+from compiled import Threads, native, needs_kernels, same_bits
 from drawing import VOCAB
 from reference import random_model, save
 from stepping import Stepper
@@ -34,7 +34,7 @@ FIELDS: dict[str, Any] = {
     "num_local_experts": 16, "attention_chunk_size": 16, "floor_scale": 8, "bos_token_id": 0, "eos_token_id": 1,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "pad_token_id": None,
 }  # fmt: skip
-WIDTHS: list[Mapping[str, Any]] = [
+CHANGES: list[Mapping[str, Any]] = [
     {}, {"use_qk_norm": False}, {"attn_temperature_tuning": False, "num_key_value_heads": 6},
     {"num_experts_per_tok": 3, "head_dim": 96},
 ]  # fmt: skip
@@ -74,8 +74,7 @@ def outputs(decoder: Decoder, threads: int) -> tuple[list[StepOutput], Stepper]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("change", WIDTHS, ids=str)
+@pytest.mark.parametrize(("change", "threads"), [*((change, 1) for change in CHANGES), ({}, 2)], ids=str)
 def test_in_one_call(tmp_path: Path, change: Mapping[str, Any], threads: int) -> None:
     folder = save(random_model({**FIELDS, **change}, seed=7), tmp_path)
     fused, plain = make(folder, fused=True), make(folder, fused=False)
@@ -113,8 +112,6 @@ def test_layers_that_lack_an_expert_are_computed_expert_by_expert() -> None:
         )
         for expert in (1, 3)
     }
-    from compiled import native
-
     arithmetic = native("without AMX")
     assert isinstance(arithmetic, NativeArithmetic)
     x_TH = torch.randn(4, 32, generator=generator).bfloat16()
