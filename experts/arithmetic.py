@@ -112,8 +112,6 @@ class TiledArithmetic:
         self, function: Callable[..., tuple[torch.Tensor, ...]], *rows: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         num_rows, size = rows[0].shape[0], self.tile_rows
-        if num_rows == size:
-            return function(*rows)
         tiles = [function(*(_tile(x, start, size) for x in rows)) for start in range(0, num_rows, size)]
         return tuple(torch.cat(parts)[:num_rows] for parts in zip(*tiles, strict=True))
 
@@ -132,7 +130,8 @@ def _is_uneven(num_elements: int) -> bool:
 
 
 def _tile(x: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    tile = x[start : start + size]
+    # Contiguous, since kernels may go about other layouts in other ways.
+    tile = x[start : start + size].contiguous()
     if tile.shape[0] == size:
         return tile
     filled = x.new_zeros((size, *x.shape[1:]))

@@ -85,7 +85,8 @@ def _layers_of(weights: Mapping[ExpertKey, ExpertWeights]) -> dict[int, LayerOfE
     for (layer, expert), one in weights.items():
         by_layer.setdefault(layer, {})[expert] = one
     ordered = {layer: [one for _, one in sorted(experts.items())] for layer, experts in by_layer.items()}
-    return {layer: LayerOfExperts(experts) for layer, experts in ordered.items() if LayerOfExperts.fits(experts)}
+    whole = {layer for layer, experts in by_layer.items() if sorted(experts) == list(range(len(experts)))}
+    return {layer: LayerOfExperts(ordered[layer]) for layer in whole if LayerOfExperts.fits(ordered[layer])}
 
 
 @dataclass(frozen=True)

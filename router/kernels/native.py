@@ -15,8 +15,9 @@ import torch
 
 from experts.arithmetic import Arithmetic, TiledArithmetic
 from experts.kernels.compiler import NUMBER, POINTER, REAL, THREADS, declare, load
-from router.model.attend import Attend, FlashAttend, PlainAttend, TiledAttend, Turn
+from router.model.attend import Attend, FlashAttend, PlainAttend, Turn
 from router.model.spans import Span
+from router.model.tiled_attend import TiledAttend
 
 MAX_HEADS_PER_GROUP, MAX_HEAD_DIM, STEP = 16, 256, 32
 HERE = Path(__file__).parent

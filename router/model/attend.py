@@ -1,25 +1,23 @@
-"""Attention of queries over stored keys and values, in three ways that equal each other up to rounding.
+"""Attention of queries over stored keys and values: what it is, and two ways that equal each other up to rounding.
 
-`PlainAttend` says what is computed, `FlashAttend` reads the store in place, `TiledAttend` gives bits that depend on
-nothing but a query and the keys before it.
+`PlainAttend` says what is computed, `FlashAttend` reads the store in place.
 Shape letters: T packed tokens, n tokens of one span, m visible keys, S slots, N query heads, G key/value heads,
-D head dimension, Q queries of a tile, K keys of a block.
+D head dimension, P heads (queries, keys, values).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-from experts.arithmetic import Arithmetic, rms_norm
+from experts.arithmetic import rms_norm
 from router.model.kv_store import gather
 from router.model.rope import rotate
-from router.model.spans import Runs, Span, clip_runs, num_slots
+from router.model.spans import Runs, Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,94 +205,3 @@ def _join(parts: Sequence[_Part]) -> torch.Tensor:
     mixed_phqD = torch.stack([mixed for mixed, _ in parts])
     weight_phq = torch.softmax(torch.stack([log_sum for _, log_sum in parts]), dim=0)
     return (mixed_phqD.float() * weight_phq.unsqueeze(-1)).sum(dim=0).to(mixed_phqD.dtype)
-
-
-TILE = 64
-
-
-class TiledAttend:
-    """Tiles of queries and blocks of keys whose places in the sequence are fixed, and one order of blocks.
-
-    A row of a tile is the same bits whatever the other rows hold, and a block that a query does not see changes
-    nothing of its sums. Needs one thread, and tiled arithmetic.
-    """
-
-    def __init__(self, arithmetic: Arithmetic) -> None:
-        self._arithmetic = arithmetic
-
-    def place(
-        self,
-        heads_TPD: torch.Tensor,
-        num_queries: int,
-        turn: Turn,
-        keys_SGD: torch.Tensor,
-        values_SGD: torch.Tensor,
-        slots_T: torch.Tensor,
-    ) -> torch.Tensor:
-        turned = [turn.rotation is not None, turn.temperature is not None]
-        rows = [part for part in (turn.rotation, turn.temperature) if part is not None]
-
-        def tile(heads: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            left = list(parts)
-            rotation, temperature = (left.pop(0) if there else None for there in turned)
-            one = replace(turn, rotation=rotation, temperature=temperature)
-            return turn_heads(heads, num_queries, num_keys, one)
-
-        num_keys = keys_SGD.shape[1]
-        query_TND, key_TGD, value_TGD = self._arithmetic.by_rows(tile, heads_TPD, *rows)
-        keys_SGD.index_copy_(0, slots_T, key_TGD)
-        values_SGD.index_copy_(0, slots_T, value_TGD)
-        return query_TND
-
-    def __call__(
-        self,
-        query_TND: torch.Tensor,
-        keys_SGD: torch.Tensor,
-        values_SGD: torch.Tensor,
-        spans: Sequence[Span],
-        chunked: bool,
-    ) -> torch.Tensor:
-        mixed_TND = torch.empty_like(query_TND)
-        for span in spans:
-            runs = span.runs(chunked)
-            end = num_slots(runs)
-            first = end - span.count
-            for start in range(first // TILE * TILE, end, TILE):
-                here = range(max(start, first), min(start + TILE, end))
-                rows = slice(span.row + here.start - first, span.row + here.stop - first)
-                tile_QND = query_TND.new_zeros((TILE, *query_TND.shape[1:]))
-                tile_QND[here.start - start : here.stop - start] = query_TND[rows]
-                mixed_QND = _attend_tile(tile_QND, keys_SGD, values_SGD, clip_runs(runs, here.stop), start)
-                mixed_TND[rows] = mixed_QND[here.start - start : here.stop - start]
-        return mixed_TND
-
-
-def _attend_tile(
-    query_QND: torch.Tensor, keys_SGD: torch.Tensor, values_SGD: torch.Tensor, runs: Runs, start: int
-) -> torch.Tensor:
-    """Mixed values [Q, N, D] of queries at positions `start` … `start` + Q − 1 of the sequence that `runs` hold."""
-    shape = query_QND.shape
-    query_NQD = query_QND.float().transpose(0, 1).contiguous() / math.sqrt(shape[-1])
-    position_Q = start + torch.arange(TILE, device=query_QND.device)
-    largest_NQ1 = query_NQD.new_full((shape[1], TILE, 1), float("-inf"))
-    total_NQ1 = torch.zeros_like(largest_NQ1)
-    mixed_NQD = torch.zeros_like(query_NQD)
-    key_NmD, value_NmD = (_block_rows(whole, runs, shape[1]) for whole in (keys_SGD, values_SGD))
-    for block in range(0, key_NmD.shape[1], TILE):
-        key_NKD, value_NKD = (whole[:, block : block + TILE].contiguous() for whole in (key_NmD, value_NmD))
-        score_NQK = torch.bmm(query_NQD, key_NKD.transpose(1, 2))
-        visible_QK = block + torch.arange(TILE, device=query_QND.device) <= position_Q[:, None]
-        score_NQK = score_NQK.masked_fill(~visible_QK, float("-inf"))
-        new_NQ1 = torch.maximum(largest_NQ1, score_NQK.amax(dim=-1, keepdim=True))
-        scale_NQ1, share_NQK = torch.exp(largest_NQ1 - new_NQ1), torch.exp(score_NQK - new_NQ1)
-        total_NQ1 = total_NQ1 * scale_NQ1 + share_NQK.sum(dim=-1, keepdim=True)
-        mixed_NQD = mixed_NQD * scale_NQ1 + torch.bmm(share_NQK, value_NKD)
-        largest_NQ1 = new_NQ1
-    return (mixed_NQD / total_NQ1).transpose(0, 1).to(query_QND.dtype)
-
-
-def _block_rows(whole_SGD: torch.Tensor, runs: Runs, num_heads: int) -> torch.Tensor:
-    """float32 [N, m, D] of the slots in `runs`, filled up with zeros to whole blocks."""
-    rows_mGD = gather(whole_SGD, runs).float()
-    filled = F.pad(rows_mGD, (0, 0, 0, 0, 0, -rows_mGD.shape[0] % TILE))
-    return filled.transpose(0, 1).repeat_interleave(num_heads // rows_mGD.shape[1], dim=0)

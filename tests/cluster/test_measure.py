@@ -20,7 +20,7 @@ from cluster.measure.engine import SPLIT, bench_engine, bench_of
 from cluster.measure.floor import Operation, StepShape, floor_s, operations, step_bytes
 from cluster.measure.machine import Machine, measure_machine
 from cluster.measure.report import print_results
-from cluster.measure.watch import Record, StopWatch, WatchedExperts
+from cluster.measure.watch import Record, Seen, StopWatch, WatchedExperts
 from cluster.tiny import make_tiny
 from experts.config import ModelConfig, parse_config
 from experts.errors import InvalidInput
@@ -199,7 +199,9 @@ def test_rows_are_counted_by_expert() -> None:
     expert_TK = torch.tensor([[0, 5], [2, 5], [0, 5]])
     pending = experts.dispatch(7, x_TH, Routing(expert_TK=expert_TK, score_TK=torch.ones(3, 2)))
     assert torch.equal(pending.combine().y_TH, x_TH)
-    assert record.expert_rows == {7: [2, 1, 3]}
+    seen = Seen(spans=((0, 3),), num_samples=1, chosen=record.chosen, seconds=watch.seconds)
+    assert seen.shape() == StepShape(spans=((0, 3),), num_samples=1, expert_rows={7: [2, 1, 3]})
+    assert not seen.is_decode_of(3)
     assert set(watch.seconds) == {"experts"}
 
 
@@ -218,7 +220,7 @@ def test_steps_are_noted_as_they_were(folders: dict[str, Path], kind: str) -> No
     model = open_model(folders[kind])
     with bench_of(model, settings) as bench:
         bench.warm_up(2, 30, seed=1)
-    steps = [seen.shape for seen in bench.record.steps]
+    steps = [seen.shape() for seen in bench.record.steps]
     computed: dict[int, int] = {}
     prefills = [shape for shape in steps if shape.num_tokens > len(shape.spans)]
     assert prefills and all(shape.num_tokens <= 48 for shape in steps)

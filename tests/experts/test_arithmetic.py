@@ -19,6 +19,7 @@ from experts.kernels.compiler import load
 from experts.kernels.native import (
     MAX_ROWS,
     MAX_ROWS_PER_EXPERT,
+    LayerOfExperts,
     NativeArithmetic,
     choose_arithmetic,
 )
@@ -306,6 +307,89 @@ def test_experts_of_different_widths_are_torch_s() -> None:
     assert same_bits(ours.ffn(x_TH, (2, 1), experts), PlainArithmetic().ffn(x_TH, (2, 1), experts))
 
 
+# ---- the gate and the experts of a layer
+
+
+@needs_kernels
+@anything
+@given(
+    seed=st.integers(0, 1 << 20),
+    num_rows=st.integers(1, 6) | st.integers(1, MAX_ROWS),
+    num_experts=st.integers(1, 8),
+    hidden=st.integers(1, 4),
+    num_choices=st.sampled_from([1, 1, 2, 3, 16]),
+)
+def test_the_gate_s_choice(
+    kernels: NativeArithmetic, seed: int, num_rows: int, num_experts: int, hidden: int, num_choices: int
+) -> None:
+    """That of the gate's logits to the bit, the smaller expert of equals included."""
+    generator = torch.Generator().manual_seed(seed)
+    # Whole numbers, so that many logits are equal.
+    x_TH, gate_EH = (
+        torch.randint(-2, 3, (count, 32 * hidden), generator=generator).to(BF16)
+        for count in (num_rows, 16 * num_experts)
+    )
+    chosen = kernels.choose(x_TH, gate_EH, num_choices)
+    assert chosen is not None
+    logits_TE = kernels.linear(x_TH, gate_EH).float()
+    for row, (experts, scores) in enumerate(zip(*chosen, strict=True)):
+        ranked = sorted(range(16 * num_experts), key=lambda expert: (-float(logits_TE[row, expert]), expert))
+        assert experts.tolist() == sorted(ranked[:num_choices])
+        exact = torch.sigmoid(logits_TE[row, experts].double())
+        assert ((scores.double() - exact).abs() <= 1.01 * ROUNDING * exact + TINY).all()
+
+
+def test_gates_that_do_not_fit_are_left_to_others() -> None:
+    ours = NativeArithmetic(Unwanted(), Unwanted())
+    for num_rows, hidden, experts in ((MAX_ROWS + 1, 32, 16), (1, 48, 16), (1, 32, 8)):
+        assert ours.choose(torch.ones(num_rows, hidden, dtype=BF16), torch.ones(experts, hidden, dtype=BF16), 1) is None
+    assert ours.choose(torch.ones(1, 32, dtype=BF16), torch.ones(32, 16, dtype=BF16).T, 1) is None
+
+
+@needs_kernels
+@anything
+@given(
+    seed=st.integers(0, 1 << 20),
+    num_rows=st.integers(1, 170),
+    num_experts=st.integers(3, 40),
+    num_choices=st.integers(1, 3),
+    threads=st.sampled_from([1, 1, 3]),
+)
+def test_routed_experts_in_one_call(
+    kernels: NativeArithmetic, seed: int, num_rows: int, num_experts: int, num_choices: int, threads: int
+) -> None:
+    """To the bit what the steps of it are: scale, group, compute, sum."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = [random_expert(generator, 64, 32) for _ in range(num_experts)]
+    x_TH = numbers(generator, num_rows, 64)
+    expert_TK = torch.stack([torch.randperm(num_experts, generator=generator)[:num_choices] for _ in range(num_rows)])
+    expert_TK = expert_TK.sort(dim=-1).values
+    score_TK = torch.rand(num_rows, num_choices, generator=generator).to(BF16)
+    with Threads(threads):
+        computed = kernels.routed(x_TH, expert_TK, score_TK, LayerOfExperts(experts))
+    assert computed is not None
+    y_TH, counts = computed
+    assert counts == torch.bincount(expert_TK.flatten(), minlength=num_experts).tolist()
+    total_TH = torch.zeros(num_rows, 64)
+    for choice in range(num_choices):
+        for token in range(num_rows):
+            weights = experts[int(expert_TK[token, choice])]
+            row = x_TH[token : token + 1] * score_TK[token, choice]
+            total_TH[token] += kernels.ffn(row, (1,), (weights,))[0].float()
+    assert torch.equal(y_TH, total_TH.to(BF16))
+
+
+def test_layers_that_do_not_fit() -> None:
+    generator = torch.Generator().manual_seed(11)
+    good, narrow, thin = (random_expert(generator, *shape) for shape in ((64, 32), (48, 32), (64, 48)))
+    turned = ExpertWeights(gate_up_FH=good.gate_up_FH, down_HF=good.down_HF.T.contiguous().T)
+    assert LayerOfExperts.fits([good, good])
+    assert not any(LayerOfExperts.fits(experts) for experts in ([narrow], [thin], [good, thin], [good, turned]))
+    ours, layer = NativeArithmetic(Unwanted(), Unwanted()), LayerOfExperts([good])
+    many = torch.zeros(MAX_ROWS_PER_EXPERT + 1, 1, dtype=torch.int64)
+    assert ours.routed(torch.ones(len(many), 64, dtype=BF16), many, many.to(BF16), layer) is None
+
+
 # ---- norms
 
 
@@ -381,6 +465,17 @@ def test_tiles_give_a_row_the_same_bits_anywhere(
             there = tiled.linear(x, weights.gate_up_FH), tiled.norm(x, EPS, norm_H), tiled.ffn(x, (len(x),), (weights,))
             for found, expected in zip(there, (*alone, alone_ffn), strict=True):
                 assert same_bits(found[place : place + 1], expected)
+
+
+def test_tiles_do_not_depend_on_layouts() -> None:
+    generator = torch.Generator().manual_seed(12)
+    wide, weight_NH = torch.randn(70, 96, generator=generator), torch.randn(24, 48, generator=generator)
+    tiled = TiledArithmetic()
+    for x in (wide[:, ::2], wide[:, 48:], torch.randn(48, 70, generator=generator).T):
+        for rows in (32, 70):
+            whole = x[:rows].contiguous()
+            assert same_bits(tiled.linear(x[:rows], weight_NH), tiled.linear(whole, weight_NH))
+            assert same_bits(tiled.norm(x[:rows], EPS, weight_NH[0]), tiled.norm(whole, EPS, weight_NH[0]))
 
 
 def test_tiles_equal_the_plain_way() -> None:

@@ -17,8 +17,9 @@ from experts.arithmetic import PlainArithmetic, TiledArithmetic
 from experts.kernels.compiler import load
 from router.kernels import native as native_module
 from router.kernels.native import MAX_HEAD_DIM, MAX_HEADS_PER_GROUP, NativeAttend, choose_attend
-from router.model.attend import TILE, Attend, FlashAttend, PlainAttend, TiledAttend, Turn
+from router.model.attend import Attend, FlashAttend, PlainAttend, Turn
 from router.model.rope import rotations
+from router.model.tiled_attend import TILE, TiledAttend
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 HALF_STEP = 2.0**-8

@@ -31,6 +31,7 @@ from router.engine.request import Request, SamplingParams, TokenEvent, TokenLogp
 from router.engine.runner import ModelRunner, StepOutcome
 from router.engine.scheduler import Scheduler, SchedulerConfig, Step
 from router.kernels.native import choose_attend
+from router.kernels.sublayer import choose_attention
 from router.model.decoder import Decoder, RoutedExperts, StepOutput
 
 CPU = torch.device("cpu")
@@ -94,7 +95,8 @@ def deterministic_decoder(model: Model, settings: ServeSettings, experts: Routed
     arithmetic = choose_products(model, settings)
     trunk = load_trunk(model.checkpoint, model.config, model.dtype, CPU)
     routed = experts or load_local_experts(model, settings)
-    return Decoder(model.config, trunk, routed, arithmetic, choose_attend(model.dtype, CPU, arithmetic))
+    attend = choose_attend(model.dtype, CPU, arithmetic)
+    return Decoder(model.config, trunk, routed, arithmetic, attend, fuse=choose_attention)
 
 
 class Desk:
