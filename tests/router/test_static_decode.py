@@ -5,9 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +22,6 @@ from experts.ffn import expert_ffn
 from experts.stack import ExpertStack, every_product, grouped_products, stack_ffn
 from experts.transport.local import FaultyLocalTransport
 from experts.weights import ExpertStore
-from router.checkpoint import load_vision
 from router.dispatch import RemoteExperts
 from router.engine.engine import Engine
 from router.engine.images import ImageInput, PlacedImage
@@ -37,11 +34,9 @@ from router.engine.static_steps import MAX_BATCH, MAX_GATHERED, Recorder, Static
 from router.local_experts import LocalExperts
 from router.model.decoder import Pending
 from router.model.kv_store import KVStore
-from router.model.static_decode import Leaving, StaticStep
-from router.model.static_inputs import DecodeInputs, DecodeShape
-from router.model.vision import encode_tiles
+from router.model.static_decode import Leaving
+from router.model.static_inputs import DecodeShape
 from router.routed import Routing, pack_bytes, unpack_bytes
-from router.stacked_experts import StackedExperts
 
 KINDS = ("scout", "maverick", "guard")
 TWO_CHOICES = {
@@ -385,38 +380,3 @@ def test_a_shape_that_cannot_be_made_ready_runs_as_it_comes(tmp_path: Path, capl
     assert steps.run(stepper.pieces({0: 1})) is None
     assert steps.run(stepper.pieces({0: 1})) is None
     assert len(tries) == 1 and "no room" in caplog.text
-
-
-# Where there are shapes and no numbers at all, nothing can be read by the host, and nothing mixed with its memory.
-
-
-def without_numbers(thing: Any) -> Any:
-    """Weights as they are, their tensors on the meta device."""
-    if isinstance(thing, torch.Tensor):
-        return thing.to("meta")
-    if isinstance(thing, tuple):
-        return tuple(map(without_numbers, thing))
-    if is_dataclass(thing) and not isinstance(thing, type):
-        return replace(thing, **{field.name: without_numbers(getattr(thing, field.name)) for field in fields(thing)})
-    return thing
-
-
-def test_a_step_needs_no_numbers_on_the_host(folder: Path) -> None:
-    config, meta = load_config(folder), torch.device("meta")
-    source = ExpertStore(Checkpoint(folder), config, torch.float32)
-    experts = StackedExperts({layer: without_numbers(source.load_layer(layer)) for layer in config.moe_layers})
-    weights = without_numbers(load_decoder(folder).weights)
-    store = KVStore(config, num_global_slots=64, num_local_slots=64, dtype=torch.float32, device=meta)
-    inputs = DecodeInputs(DecodeShape(batch=4, num_blocks=(8, 8)), meta)
-    logits_BV = StaticStep(config, weights, store, inputs, block_size=8).whole(experts)
-    assert (logits_BV.shape, logits_BV.device) == ((4, config.vocab_size), meta)
-
-
-def test_tiles_are_encoded_where_the_weights_are(tmp_path: Path) -> None:
-    make_tiny("scout", tmp_path / "tiny")
-    config = load_config(tmp_path / "tiny")
-    assert config.vision is not None
-    weights = without_numbers(load_vision(Checkpoint(tmp_path / "tiny"), config, torch.float32, CPU))
-    side, device = config.vision.tile_size, torch.device("meta")
-    features_NMH = encode_tiles(torch.empty(2, 3, side, side, device=device), weights, config.vision)
-    assert (features_NMH.shape[0], features_NMH.device) == (2, device)
