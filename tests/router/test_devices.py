@@ -1,5 +1,5 @@
-"""Computing on another device than the CPU, shown on one that has shapes and no numbers: there, nothing can be read by the
-host, and nothing mixed with its memory."""
+"""Computing on another device than the CPU, shown on one that has shapes and no numbers: there, nothing can be read by
+the host, and nothing mixed with its memory."""
 
 from __future__ import annotations
 
