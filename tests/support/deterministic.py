@@ -173,9 +173,9 @@ class Desk:
 def experts_on_hosts(model: Model, settings: ServeSettings, num_hosts: int, transport: str) -> Iterator[RoutedExperts]:
     """All experts spread over hosts of this process, reached by function calls or over gRPC."""
     names = [f"host-{number}" for number in range(num_hosts)]
-    keys = model.store().all_keys()
+    keys = model.store(CPU).all_keys()
     replicas = {key: (names[(key[0] + key[1]) % num_hosts],) for key in keys}
-    hosts = {name: ExpertHost(name, model.store(), choose_products(model, settings)) for name in names}
+    hosts = {name: ExpertHost(name, model.store(CPU), choose_products(model, settings)) for name in names}
     for key, (name,) in replicas.items():
         hosts[name].load(key)
     with ExitStack() as stack:
