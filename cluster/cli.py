@@ -22,7 +22,7 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 2 for what the user can mend in the command, 1 for anything else."""
-    # Huge pages for torch's large allocations, in this process and all that it starts: reading weights in pages of 4 KiB took
+    # Huge pages for large tensors, in this process and all that it starts: reading weights in pages of 4 KiB took
     # a step of one token a fifth longer. Torch looks once, before its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from cluster.version import herd_version
