@@ -71,14 +71,18 @@ class Bench:
     hosts: HostProcesses | None
 
     def measure(self, batch: int, prompt: int, output: int, seed: int) -> EngineResult:
-        """Speed of `batch` requests of `prompt` tokens that want `output` each."""
+        """Speed of `batch` requests of `prompt` tokens that want `output` each. The machine drifts, so it is measured
+        before and after whatever is compared with it."""
+        like = self.warm_up(batch, prompt, seed - 1)
         prompts = self._prompts(batch, prompt, seed)
+        before = self._machine(like)
         self.record.steps.clear()
         prefill_s = drive(self.engine, prompts, 1, self.record.hold).prefill_s
         prefill = [seen.shape() for seen in self.record.steps]
+        between = self._machine(like)
         times, decode, host_compute_s = self._decode(prompts, output)
         shapes = [seen.shape() for seen in decode]
-        machine = self._machine(shapes)
+        machine = between.mean(self._machine(shapes))
         step_s = times.decode_s * batch / times.num_decoded
         return EngineResult(
             transport=self.settings.transport,
@@ -90,7 +94,7 @@ class Bench:
             decode_tokens_per_s=round(times.num_decoded / times.decode_s, 1),
             step_ms=round(step_s * 1e3, 2),
             floor_ratio=round(self._floor_s(shapes, machine) / len(shapes) / step_s, 3),
-            prefill_floor_ratio=round(self._floor_s(prefill, machine) / prefill_s, 3),
+            prefill_floor_ratio=round(self._floor_s(prefill, before.mean(between)) / prefill_s, 3),
             read_gb_per_s=round(machine.read_bytes_per_s / 1e9, 1),
             matmul_tflops=round(machine.flops_per_s / 1e12, 2),
             split=self._split(step_s, decode, host_compute_s),
@@ -115,9 +119,10 @@ class Bench:
         spent_s = max((s - computed[name] for name, s in self._host_compute_s().items()), default=0.0)
         return times, decode, spent_s / max(1, len(self.record.steps) - first)
 
-    def warm_up(self, batch: int, prompt: int, seed: int) -> None:
-        """Once through everything, so that memory is touched and kernels are chosen."""
+    def warm_up(self, batch: int, prompt: int, seed: int) -> list[StepShape]:
+        """Once through everything, so that memory is touched and kernels are chosen; gives the last step, a decode."""
         drive(self.engine, self._prompts(batch, prompt, seed), WARM_UP_TOKENS, self.record.hold)
+        return [self.record.steps[-1].shape()]
 
     def _machine(self, decode: Sequence[StepShape]) -> Machine:
         """This machine as all processes together use it, on as many bytes as a decode step reads."""
@@ -174,7 +179,6 @@ def bench_engine(
     results = []
     with bench_of(model, settings) as bench:
         for number, (prompt, batch) in enumerate((prompt, batch) for prompt in prompts for batch in batches):
-            bench.warm_up(batch, prompt, SEED + 2 * number)
             results.append(bench.measure(batch, prompt, output, SEED + 2 * number + 1))
             on_result(results[-1])
     return results

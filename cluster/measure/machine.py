@@ -9,7 +9,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -34,6 +34,14 @@ class Machine:
     read_bytes_per_s: float
     flops_per_s: float
     threads: int
+
+    def mean(self, other: Machine) -> Machine:
+        """What the machine was between two measurements."""
+        return replace(
+            self,
+            read_bytes_per_s=(self.read_bytes_per_s + other.read_bytes_per_s) / 2,
+            flops_per_s=(self.flops_per_s + other.flops_per_s) / 2,
+        )
 
     def seconds(self, num_bytes: float, flops: float) -> float:
         """The least time of one operation."""
