@@ -38,7 +38,8 @@ proto: $(READY)
 bench: $(READY)
 	test -n "$(MODEL)" || test -d build/tiny-scout || $(BIN)/herd make-tiny scout build/tiny-scout
 	$(BIN)/herd bench dispatch
-	$(BIN)/herd bench engine $(or $(MODEL),build/tiny-scout) --transport local
+	$(BIN)/herd bench engine $(or $(MODEL),build/tiny-scout) --transport local --output 32
+	$(BIN)/herd bench loop $(or $(MODEL),build/tiny-scout)
 	$(BIN)/herd bench engine $(or $(MODEL),build/tiny-scout) --transport grpc --hosts 2
 
 clean:
