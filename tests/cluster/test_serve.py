@@ -40,8 +40,17 @@ def prompts(lengths: list[int], seed: int) -> list[list[int]]:
     return [torch.randint(0, 2000, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("kind", ["scout", "maverick"])
-@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("hosts", "kind"),
+    [
+        (1, "scout"),
+        (2, "maverick"),
+        (4, "scout"),
+        pytest.param(1, "maverick", marks=pytest.mark.soak),
+        pytest.param(2, "scout", marks=pytest.mark.soak),
+        pytest.param(4, "maverick", marks=pytest.mark.soak),
+    ],
+)
 def test_greedy_answers_equal_the_reference(folders: dict[str, Path], tmp_path: Path, kind: str, hosts: int) -> None:
     """Prompts around chunk borders (64) and temperature steps (32), all at once and over any number of hosts."""
     judge = Judge(folders[kind])

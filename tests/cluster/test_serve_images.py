@@ -103,7 +103,7 @@ LONGER = pytest.mark.soak
     ("kind", "hosts"),
     [
         ("scout", 3),
-        ("guard", 1),
+        pytest.param("guard", 1, marks=LONGER),
         pytest.param("scout", 1, marks=LONGER),
         pytest.param("maverick", 1, marks=LONGER),
         pytest.param("maverick", 3, marks=LONGER),
