@@ -78,6 +78,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--hosts", metavar="N", help="expert hosts (1)")
     add("--replicas", metavar="R", help="hosts that hold each expert (1)")
     add("--routers", metavar="M", help="routers (1)")
+    add("--ingresses", metavar="N", help="processes that answer HTTP, all on one port (2)")
     add("--transport", help="grpc: experts on hosts; local: experts inside each router (grpc)")
     add("--device", help="cpu or cuda, for routers and hosts (cpu)")
     add("--ray-address", metavar="ADDRESS", help="join this Ray cluster instead of starting one")

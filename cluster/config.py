@@ -25,6 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}")
 class ServeSettings:
     """What `herd serve` was asked for. Sizes in bytes, times in seconds, port 0 means any free one.
 
+    `ingresses` listen on one port, so that clients are answered when one of them dies.
     `hosts` and `replicas` count for transport "grpc"; with "local" every router holds all experts itself.
     `host_bind` is the address that expert hosts listen on, `host_advertise` the one that routers are told: an address,
     or "address:A-B" whose ports stand for those of `host_ports` one by one. Empty: the node's own address.
@@ -38,6 +39,7 @@ class ServeSettings:
     hosts: int = 1
     replicas: int = 1
     routers: int = 1
+    ingresses: int = 2
     host: str = "127.0.0.1"
     port: int = 8000
     transport: str = "grpc"
@@ -67,6 +69,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         _between("hosts", self.hosts, 1, 4096)
         _between("routers", self.routers, 1, 1024)
+        _between("ingresses", self.ingresses, 1, 64)
         _between("replicas", self.replicas, 1, self.hosts)
         _between("port", self.port, 1, 65535)
         _between("control-port", self.control_port, 0, 65535)
@@ -206,7 +209,7 @@ def _folder(field: str, value: object) -> Path:
 
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
     **dict.fromkeys(
-        ("hosts", "replicas", "routers", "port", "control_port", "max_model_len"),
+        ("hosts", "replicas", "routers", "ingresses", "port", "control_port", "max_model_len"),
         _integer,
     ),
     **dict.fromkeys(("max_batch_tokens", "max_running", "max_waiting"), _integer),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -15,10 +14,8 @@ from experts.reports import ClusterStatus
 
 ENGINE_THREAD = "engine"
 """What the operating system calls a router's engine thread. Threads that it starts for torch inherit the name."""
-PROXY, INGRESS, AROUND_ENGINE = "HTTP proxy", "ingress", "router without engine"
-OUTSIDE_ENGINE = (PROXY, INGRESS, AROUND_ENGINE)
-_LISTENING = "0A"
-_SOCKET = re.compile(r"socket:\[(\d+)\]")
+INGRESS, AROUND_ENGINE = "ingress", "router without engine"
+OUTSIDE_ENGINE = (INGRESS, AROUND_ENGINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +43,12 @@ def name_threads(threads: Iterable[threading.Thread]) -> None:
             (PROC / "self/task" / str(thread.native_id) / "comm").write_text(thread.name[:15])
 
 
-def parts_of(status: ClusterStatus, port: int) -> tuple[Part, ...]:
-    """The parts of the cluster that serves HTTP on `port` of this machine."""
+def parts_of(status: ClusterStatus) -> tuple[Part, ...]:
+    """The parts of a cluster on this machine."""
     ingresses = [ingress.pid for ingress in status.ingresses]
     routers = tuple(router.pid for router in status.routers)
-    proxies = tuple(pid for pid in listeners(port) if pid not in ingresses)
     decoders = tuple(child for pid in ingresses for child in descendants(pid))
     parts = (
-        Part(name=PROXY, pids=proxies),
         Part(name=INGRESS, pids=(*ingresses, *decoders)),
         Part(name=AROUND_ENGINE, pids=routers, threads=f"-{ENGINE_THREAD}"),
         Part(name="router's engine", pids=routers, threads=ENGINE_THREAD),
@@ -78,32 +73,6 @@ def outside_engine(uses: Iterable[CpuUse]) -> float | None:
     """Seconds of all that only carries requests and answers, None if any of it is unknown."""
     known = {use.part: use.cpu_s for use in uses}
     return sum(known[part] for part in OUTSIDE_ENGINE) if all(part in known for part in OUTSIDE_ENGINE) else None
-
-
-def listeners(port: int, proc: Path = PROC) -> list[int]:
-    """The processes (of this user) that listen on TCP `port`."""
-    inodes = {inode for table in ("tcp", "tcp6") for inode in _listening_inodes(proc / "net" / table, port)}
-    if not inodes:
-        return []
-    return sorted(int(entry.name) for entry in proc.iterdir() if entry.name.isdigit() and _holds(entry, inodes))
-
-
-def _listening_inodes(table: Path, port: int) -> list[str]:
-    try:
-        rows = [line.split() for line in table.read_text().splitlines()[1:]]
-    except OSError:
-        return []
-    return [row[9] for row in rows if row[3] == _LISTENING and int(row[1].rpartition(":")[2], 16) == port]
-
-
-def _holds(process: Path, inodes: set[str]) -> bool:
-    with suppress(OSError):
-        for entry in (process / "fd").iterdir():
-            with suppress(OSError):
-                found = _SOCKET.fullmatch(os.readlink(entry))
-                if found and found[1] in inodes:
-                    return True
-    return False
 
 
 def _used(pid: int, threads: str) -> float:

@@ -1,4 +1,5 @@
-"""The process of one ingress: prompts, the HTTP app, streams to routers, and what it tells the controller.
+"""The process of one ingress: prompts, the HTTP app and its listener, streams to routers, and what it tells the
+controller.
 
 Knows nothing of Ray. All routers together are one backend to the app.
 """
@@ -14,6 +15,7 @@ from typing import Any
 from cluster.config import ServeSettings
 from cluster.image_rules import image_rules
 from cluster.metrics import IngressNumbers, MetricsPage, ingress_families
+from cluster.topology import max_connections
 from experts.config import load_config
 from experts.errors import RouterLost
 from experts.grpc_control import MemberLink
@@ -24,6 +26,7 @@ from router.allocator import return_large_blocks
 from router.api.backend import EventStream
 from router.api.defaults import ServingDefaults
 from router.api.http import HttpOptions, build_app
+from router.api.http_listener import HttpListener
 from router.engine.images import ImageInput
 from router.engine.request import SamplingParams
 from router.grpc_client import RouterPool
@@ -34,13 +37,15 @@ from router.prompt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+FINISH_S = 20.0
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
 class IngressProcess:
-    """An ingress with all its parts. `app` is an ASGI application for one event loop; `http` the URL it is behind.
+    """An ingress with all its parts. `http` is the URL that clients reach it by.
 
     Constructing reads the tokenizer. Raises CheckpointError. Images are decoded in processes of its own, which end
     with it.
@@ -64,6 +69,14 @@ class IngressProcess:
         tokenizer = Tokenizer.from_folder(settings.model_dir)
         self.vision = Vision.from_folder(settings.model_dir, self.backend.config, tokenizer.special_ids)
         self.app = CountingApp(_http_app(settings, self.backend, tokenizer, self.vision, version))
+        self.listener = HttpListener(
+            self.app,
+            host=settings.host,
+            port=settings.port,
+            max_connections=max_connections(settings),
+            grace_s=FINISH_S,
+            on_end=self.backend.pool.aclose,
+        )
         self.metrics = MetricsPage(
             lambda: ingress_families(self.app.numbers()), bind=bind, ports=settings.metrics_ports
         )
@@ -71,7 +84,8 @@ class IngressProcess:
         self._http = http
 
     def start(self) -> None:
-        """Begin to follow the cluster view."""
+        """Begin to answer clients and to follow the cluster view. Raises InvalidInput when the port is taken."""
+        self.listener.start()
         self.link.start()
 
     def report(self) -> MemberReport:
@@ -87,13 +101,14 @@ class IngressProcess:
             http=self._http,
         )
 
-    async def stop(self) -> None:
-        """End every part. Requests in progress end with an error that is safe to retry."""
+    def stop(self) -> None:
+        """End every part. Requests in progress may finish within `FINISH_S`; the rest ends with an error that is safe
+        to retry."""
+        self.listener.stop()
         self.link.close()
         self.metrics.close()
         if self.vision is not None:
             self.vision.loader.close()
-        await self.backend.pool.aclose()
 
 
 class ClusterBackend:

@@ -13,6 +13,7 @@ from cluster.config import ServeSettings
 from cluster.controller_process import plan_target
 from cluster.local import open_model, plan_kv
 from experts.errors import CheckpointError, InvalidInput
+from router.api.http_listener import listening_socket
 
 
 def check_model(settings: ServeSettings) -> None:
@@ -42,15 +43,4 @@ def check_ray_answers(settings: ServeSettings) -> None:
 
 def check_port_is_free(settings: ServeSettings) -> None:
     """Raises InvalidInput when somebody already listens on the HTTP port."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except socket.gaierror:
-        raise InvalidInput("host", settings.host, "must be an address of this machine") from None
-    except OSError as error:
-        rule = f"must be free to listen on {settings.host}: {error.strerror}"
-        raise InvalidInput("port", settings.port, rule) from None
+    listening_socket(settings.host, settings.port, shared=False).close()

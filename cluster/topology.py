@@ -1,4 +1,4 @@
-"""The one place that decides what a process may use: threads, accelerators, memory of Ray, requests in flight."""
+"""The one place that decides what a process may use: threads, accelerators, memory of Ray, connections."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from cluster.config import ServeSettings
 OBJECT_STORE_BYTES = 100 * 1000 * 1000
 """Ray's own default is 30 % of the machine; nothing of ours travels through its object store."""
 
-SLACK_REQUESTS = 1024
-"""Room at an ingress for what is no generation (health, models) or is about to be refused."""
+SLACK_CONNECTIONS = 1024
+"""Room at an ingress for what is no generation (health, models), about to be refused, or idle."""
 
 
 class Role(StrEnum):
@@ -49,9 +49,9 @@ def needs(settings: ServeSettings, role: Role, num_cores: int | None = None) -> 
     )
 
 
-def max_ongoing_requests(settings: ServeSettings) -> int:
-    """How many requests Serve may hand to one ingress: all that the engines run and queue, and some to refuse."""
-    return settings.routers * (settings.max_running + settings.max_waiting) + SLACK_REQUESTS
+def max_connections(settings: ServeSettings) -> int:
+    """How many clients one ingress may have: for all that the engines run and queue, and some more."""
+    return settings.routers * (settings.max_running + settings.max_waiting) + SLACK_CONNECTIONS
 
 
 def advertised_host(settings: ServeSettings, node_address: str, port: int) -> str:

@@ -6,7 +6,6 @@ they say to each other and to the controller goes over channels of their own.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ray import serve
@@ -17,7 +16,7 @@ from cluster.controller_process import http_url
 from cluster.ingress import IngressProcess
 from cluster.on_ray.controller_actor import ensure_controller
 from cluster.on_ray.find import ControllerFinder, node_address
-from cluster.topology import Role, max_ongoing_requests, needs
+from cluster.topology import Role, needs
 from cluster.version import herd_version
 from experts.errors import RouterLost
 
@@ -51,13 +50,12 @@ class Router:
 
 
 class Ingress:
-    """One ingress. `routers` is not used: it makes Serve deploy them as one application."""
-
-    process: IngressProcess
+    """One ingress. Clients connect to it, not to Serve. `routers` is not used: it makes Serve deploy them as one
+    application."""
 
     def __init__(self, settings: ServeSettings, routers: Any) -> None:
         node = node_address(settings)
-        Ingress.process = IngressProcess(
+        self._process = IngressProcess(
             settings,
             name=_replica_name("ingress"),
             node=node,
@@ -66,11 +64,16 @@ class Ingress:
             resolve=_finder(settings),
             version=herd_version(),
         )
-        Ingress.process.start()
+        self._process.start()
 
-    async def __del__(self) -> None:
-        if hasattr(Ingress, "process"):
-            await Ingress.process.stop()
+    def check_health(self) -> None:
+        """Raises when nobody is answered here any more, so that Serve replaces this replica."""
+        if not self._process.listener.alive:
+            raise RouterLost("the HTTP listener of this ingress has ended")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_process"):
+            self._process.stop()
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -78,8 +81,8 @@ def build(args: dict[str, Any]) -> Application:
     return build_app(parse_settings(args))
 
 
-def build_app(settings: ServeSettings) -> Application:
-    """The application for `settings`, not deployed."""
+def build_app(settings: ServeSettings, ingress_node: str = "") -> Application:
+    """The application for `settings`, not deployed. Ingresses go to the Ray node at `ingress_node`, if given."""
     router: Any = _deployment(Router).options(
         name="Router",
         num_replicas=settings.routers,
@@ -90,12 +93,11 @@ def build_app(settings: ServeSettings) -> Application:
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=ROUTER_STOP_S,
     )
-    ingress: Any = _deployment(serve.ingress(_asgi_app)(Ingress)).options(
+    ingress: Any = _deployment(Ingress).options(
         name="Ingress",
-        num_replicas=1,
-        ray_actor_options=_resources(settings, Role.INGRESS),
+        num_replicas=settings.ingresses,
+        ray_actor_options={**_resources(settings, Role.INGRESS), **_pinned(ingress_node)},
         max_constructor_retry_count=NUM_TRIES,
-        max_ongoing_requests=max_ongoing_requests(settings),
         health_check_period_s=HEALTH_EVERY_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.1,
@@ -110,11 +112,6 @@ def _deployment(cls: Any) -> Any:
     return serve.deployment(cls)
 
 
-def _asgi_app() -> Callable[..., Awaitable[None]]:
-    """Called in the replica, once the constructor is done: the app holds sockets and threads that cannot travel."""
-    return Ingress.process.app
-
-
 def _finder(settings: ServeSettings) -> ControllerFinder:
     """The application starts the controller when nobody else did, and again should it ever be gone for good."""
     ensure_controller(settings)
@@ -123,6 +120,11 @@ def _finder(settings: ServeSettings) -> ControllerFinder:
 
 def _replica_name(kind: str) -> str:
     return f"{kind}-{serve.get_replica_context().replica_id.unique_id}"
+
+
+def _pinned(node: str) -> dict[str, Any]:
+    """Ray gives every node a resource of its own name."""
+    return {"resources": {f"node:{node}": 0.001}} if node else {}
 
 
 def _resources(settings: ServeSettings, role: Role) -> dict[str, float]:

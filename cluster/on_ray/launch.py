@@ -173,12 +173,10 @@ class Launcher:
     def _deploy(self) -> None:
         """Hand the application to Serve, which goes on by itself."""
         settings = self._settings
-        serve.start(
-            proxy_location="HeadOnly" if settings.ray_address is None else "EveryNode",
-            http_options={"host": settings.host, "port": settings.port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
-        target = serve.RunTarget(build_app(settings), name=settings.name, route_prefix="/")
+        # Clients connect to the ingresses themselves: through Serve's proxy every token would make another hop.
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+        app = build_app(settings, ingress_node=str(ray.util.get_node_ip_address()))
+        target = serve.RunTarget(app, name=settings.name, route_prefix=None)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
     def _is_ready(self, status: ClusterStatus | None) -> bool:
@@ -189,7 +187,11 @@ class Launcher:
         if app is None or app.status != "RUNNING" or status is None:
             return False
         loaded = status.replicas_held == status.replicas_wanted
-        return loaded and _num_ready(status) >= self._settings.routers and bool(status.ingresses)
+        return (
+            loaded
+            and _num_ready(status) >= self._settings.routers
+            and len(status.ingresses) >= self._settings.ingresses
+        )
 
     def _check_http(self, signals: Signals) -> None:
         """See an answer at the URL that we are about to print."""
@@ -199,8 +201,7 @@ class Launcher:
             with contextlib.suppress(OSError), direct.open(f"{http_url(self._settings)}/ready", timeout=5):
                 return
             signals.check(POLL_S)
-        hint = "" if self._own_serve else "; Serve runs already on this Ray, perhaps on another port"
-        raise StartFailed(f"no answer at {http_url(self._settings)}{hint}")
+        raise StartFailed(f"no answer at {http_url(self._settings)}")
 
     def _status(self) -> ClusterStatus | None:
         """The controller's status; None while it is away."""

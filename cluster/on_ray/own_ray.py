@@ -40,8 +40,6 @@ class OwnRay:
         """Raises RayFailed."""
         adopt_orphans()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # By default a dead HTTP proxy is noticed after ten seconds and more.
-        os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
         # Workers import the packages from where this process has them, installed or not.
         roots = [str(Path(cluster.__path__[0]).parent), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(root for root in roots if root)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cluster.cli import _parser
 from cluster.config import ServeSettings, parse_ports, parse_settings, parse_size
 from cluster.local import choose_block_size
-from cluster.topology import Role, advertised_host, max_ongoing_requests, needs
+from cluster.topology import Role, advertised_host, max_connections, needs
 from experts.errors import InvalidInput
 
 
@@ -151,4 +151,4 @@ def test_accelerators_go_to_what_computes() -> None:
 
 def test_serve_lets_through_what_the_engines_take() -> None:
     settings = ServeSettings(model_dir=Path("/m"), routers=2, max_running=10, max_waiting=20)
-    assert max_ongoing_requests(settings) >= 60
+    assert max_connections(settings) >= 60

@@ -10,7 +10,6 @@ from ray.serve.schema import ServeDeploySchema
 from cluster.cli import _parser
 from cluster.config import parse_settings
 from cluster.on_ray.app import build
-from cluster.topology import max_ongoing_requests
 from experts.errors import InvalidInput
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -25,13 +24,13 @@ def test_the_serve_yaml_is_one_that_serve_accepts_and_we_can_build() -> None:
     app_schema = schema.applications[0]
     assert app_schema.import_path == "cluster.on_ray.app:build"
     settings = parse_settings(app_schema.args)
-    assert (settings.host, settings.port) == (schema.http_options.host, schema.http_options.port)
+    assert schema.proxy_location == "Disabled", "clients connect to the ingresses"
     app = build(app_schema.args)
     assert isinstance(app, Application)
     ingress = app._bound_deployment
     router = ingress.init_args[1]._bound_deployment
     assert (ingress.name, router.name) == ("Ingress", "Router")
-    assert ingress.max_ongoing_requests == max_ongoing_requests(settings)
+    assert ingress.num_replicas == settings.ingresses
     assert router.num_replicas == settings.routers
     assert router.ray_actor_options["num_cpus"] == ingress.ray_actor_options["num_cpus"] == 0
 

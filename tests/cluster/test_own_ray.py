@@ -20,7 +20,7 @@ def slow_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def init(**_options: Any) -> None:
         raise Exception("The current node timed out during startup.\nmore")
 
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "PYTHONPATH"):
+    for name in ("RAY_USAGE_STATS_ENABLED", "PYTHONPATH"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr(own_ray, "PARENT", tmp_path)
     monkeypatch.setattr(own_ray, "adopt_orphans", lambda: None)

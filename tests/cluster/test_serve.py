@@ -140,7 +140,7 @@ def test_a_load_is_answered_and_measured(cluster: Cluster, workload: str) -> Non
         assert results["output_tokens"] == 6 * 16
     if workload in ("text", "skewed", "shared-prefix"):
         assert results["prompt_tokens"] == 6 * (128 + (70 if workload == "shared-prefix" else 0))
-    parts = {"HTTP proxy", "ingress", "router without engine", "router's engine", "expert hosts", "this client"}
+    parts = {"ingress", "router without engine", "router's engine", "expert hosts", "this client"}
     assert set(document["cpu_s"]) == parts
     assert document["cpu_s"]["router's engine"] > 0
     assert document["cpu_s_outside_engine"] > 0
