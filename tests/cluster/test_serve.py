@@ -177,7 +177,7 @@ def test_nothing_is_left_behind(folders: dict[str, Path], tmp_path: Path) -> Non
             status["controller"]["pid"],
             *(p["pid"] for kind in ("hosts", "routers", "ingress") for p in status[kind]),
         ]
-        assert len(set(pids)) == 5
+        assert len(set(pids)) == 6
     until("every process has ended", lambda: not any(is_alive(pid) for pid in pids))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
