@@ -36,14 +36,16 @@ from router.resume import (
 )
 from router.wire.codec import MAX_MESSAGE_BYTES, encode_submit
 
+SILENCE_S = 0.6
+
 
 class RouterPool:
     """Streams of tokens from whichever routers the cluster view names.
 
-    A router is out of favour from the moment a call on it breaks, or says nothing for `silence_s` (routers send a
-    heartbeat every second), until it answers a ping; pings go out every `probe_interval_s`. A router's own verdict at
-    the deadline (which expert was missing, say) is waited for `expiry_grace_s`. `image_rules` tell which images a
-    prompt begins with, so that requests that begin alike go to the same router.
+    A router is out of favour from the moment a call on it breaks, or it says nothing for `silence_s` (routers beat
+    several times in that time), until it beats again. A router's own verdict at the deadline (which expert was missing,
+    say) is waited for `expiry_grace_s`. `image_rules` tell which images a prompt begins with, so that requests that
+    begin alike go to the same router.
 
     The pool belongs to the event loop that first calls `submit`; `connect` and `running` may be called from any
     thread, and before that.
@@ -54,8 +56,8 @@ class RouterPool:
         *,
         policy: ResumePolicy | None = None,
         image_rules: ImageRules | None = None,
-        silence_s: float = 5.0,
-        probe_interval_s: float = 0.5,
+        silence_s: float = SILENCE_S,
+        probe_interval_s: float = 0.25,
         expiry_grace_s: float = 1.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
@@ -173,7 +175,7 @@ class RouterPool:
 
     async def read(self, call: Call) -> ResumeEvent:
         """The next event of `call`."""
-        return await call.read(self._silence_s)
+        return await call.read()
 
     def _is_over(self) -> bool:
         """Whether waiting for a router is in vain."""
@@ -211,6 +213,7 @@ class RouterPool:
         return Link(
             name=router.name,
             address=router.address,
+            silence_s=self._silence_s,
             probe_interval_s=self._probe_interval_s,
             max_message_bytes=self._max_message_bytes,
             on_change=self._notify,

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
 
 from experts.errors import InvalidInput, Overloaded
+from router.patience import Patience
 from router.resume import Broken, Expired, Received, Refused, ResumeEvent
 from router.wire import router_pb2 as pb
 from router.wire import router_pb2_grpc
 from router.wire.codec import REFUSAL_KEY, decode_events, decode_refusal
 
+LOOKS_PER_SILENCE = 8
+BLIP = 2.0
+"""A silence this many times as long as what was allowed was no stop, but a router short of processors."""
+
 
 class Link:
     """The channel to one router at one address, how many calls it carries, and whether the router is well.
 
+    Routers beat (`RouterService.Beat`) as long as they live. One that was not heard for `silence_s` or whose connection
+    broke is not well, and all its calls are broken, until it beats again; it is asked to every `probe_interval_s`.
     `on_change` is called when the router turns well again. All of it runs on the loop that made it.
     """
 
@@ -26,6 +34,7 @@ class Link:
         *,
         name: str,
         address: str,
+        silence_s: float,
         probe_interval_s: float,
         max_message_bytes: int,
         on_change: Callable[[], None],
@@ -35,64 +44,96 @@ class Link:
         self.ready = True
         """Whether the cluster view gives it new requests."""
         self.well = True
-        self.in_flight = 0
+        self._loop = asyncio.get_running_loop()
+        self._patience = Patience(silence_s)
         self._probe_interval_s = probe_interval_s
         self._on_change = on_change
         self._channel = grpc.aio.insecure_channel(address, options=_options(max_message_bytes))
         self._stub: Any = router_pb2_grpc.RouterServiceStub(self._channel)
-        self._probe: asyncio.Task[None] | None = None
+        self._calls: set[Call] = set()
+        self._heard_at = self._loop.time()
+        self._tasks = [self._loop.create_task(work()) for work in (self._listen, self._watch)]
         self._retired = False
         self._closing: asyncio.Task[None] | None = None
 
+    @property
+    def in_flight(self) -> int:
+        """How many calls it carries."""
+        return len(self._calls)
+
     def open(self, message: pb.SubmitRequest, timeout_s: float) -> Call:
         """Begin a call; what is wrong with it shows in its `read`."""
-        self.in_flight += 1
-        return Call(self, message.request_id, self._stub.Submit(message, timeout=timeout_s))
+        call = Call(self, message.request_id, self._stub.Submit(message, timeout=timeout_s))
+        self._calls.add(call)
+        return call
 
-    def release(self) -> None:
-        """A call is over."""
-        self.in_flight -= 1
-        if self._retired and self.in_flight == 0:
+    def release(self, call: Call) -> None:
+        """The call is over."""
+        self._calls.discard(call)
+        if self._retired and not self._calls:
             self._close()
 
+    def hear(self) -> None:
+        """The router said something."""
+        self._heard_at = self._loop.time()
+
     def doubt(self) -> None:
-        """A call failed: the router is not well until it answers a ping."""
+        """The router is not well until it beats again."""
         self.well = False
-        if self._probe is None and not self._retired:
-            self._probe = asyncio.get_running_loop().create_task(self._probe_until_well())
 
     def retire(self) -> None:
         """Close once the calls in progress are over."""
         self._retired = True
-        if self._probe is not None:
-            self._probe.cancel()
-        if self.in_flight == 0:
+        if not self._calls:
             self._close()
 
     async def aclose(self) -> None:
         """Close now; calls in progress break."""
-        self.retire()
+        self._retired = True
         self._close()
         assert self._closing is not None
         await self._closing
 
     def _close(self) -> None:
         if self._closing is None:
-            self._closing = asyncio.get_running_loop().create_task(self._channel.close(None))
+            for task in self._tasks:
+                task.cancel()
+            self._closing = self._loop.create_task(self._channel.close(None))
 
-    async def _probe_until_well(self) -> None:
-        while not await self._ping():
+    async def _listen(self) -> None:
+        """Hear beats, and ask for new ones whenever they end."""
+        while True:
+            with suppress(grpc.aio.AioRpcError):
+                async for _ in self._stub.Beat(pb.BeatRequest()):
+                    self._beat()
+            self.doubt()
             await asyncio.sleep(self._probe_interval_s)
-        self._probe = None
+
+    def _beat(self) -> None:
+        silence_s = self._loop.time() - self._heard_at
+        self.hear()
+        if self.well:
+            return
+        if silence_s < BLIP * self._patience.seconds(self._heard_at):
+            self._patience.false_alarm(self._heard_at)
         self.well = True
         self._on_change()
 
-    async def _ping(self) -> bool:
-        try:
-            await self._stub.Ping(pb.PingRequest(), timeout=max(self._probe_interval_s, 1.0))
-        except grpc.aio.AioRpcError:
-            return False
-        return True
+    async def _watch(self) -> None:
+        """Notice silence. What this process did not hear because it was stopped itself is not held against anybody."""
+        look_s = self._patience.least_s / LOOKS_PER_SILENCE
+        while True:
+            looked_at = self._loop.time()
+            await asyncio.sleep(look_s)
+            now = self._loop.time()
+            overslept_s = now - looked_at - look_s
+            if overslept_s > look_s:
+                self._heard_at += overslept_s
+            patience_s = self._patience.seconds(now)
+            if self.well and now - self._heard_at >= patience_s:
+                self.doubt()
+                for call in list(self._calls):
+                    call.fall_silent(f"said nothing for {patience_s:g} s")
 
 
 class Call:
@@ -102,34 +143,35 @@ class Call:
         self._link = link
         self._request_id = request_id
         self._call = call
+        self._silence = ""
 
-    async def read(self, silence_s: float) -> ResumeEvent:
-        """The next thing that happens on the call: Received, Broken, Refused or Expired.
-
-        A router that says nothing for `silence_s` is Broken: even an idle one sends heartbeats.
-        """
+    async def read(self) -> ResumeEvent:
+        """The next thing that happens on the call: Received, Broken, Refused or Expired."""
         try:
-            async with asyncio.timeout(silence_s):
-                response = await self._call.read()
-        except TimeoutError:
-            return self._broken(f"said nothing for {silence_s:g} s")
+            response = await self._call.read()
         except grpc.aio.AioRpcError as error:
             return self._failed(error)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            # Nobody cancelled this task: grpc says so when the channel was closed under the call.
-            return Broken(problem="the link was closed")
+            # Nobody cancelled this task: the router fell silent, or the channel closed under the call.
+            return self._broken(self._silence or "the link was closed", silent=bool(self._silence))
         if not isinstance(response, pb.SubmitResponse):  # grpc's mark for the end
             return self._broken("ended the stream without a finish")
+        self._link.hear()
         tokens, finish = decode_events(self._request_id, response)
         return Received(tokens=tokens, finish=finish)
+
+    def fall_silent(self, silence: str) -> None:
+        """Let `read` say that the router does not answer, now."""
+        self._silence = silence
+        self._call.cancel()
 
     def close(self) -> None:
         """Tell the router to stop, unless it is done; free the link."""
         self._call.cancel()
-        self._link.release()
+        self._link.release(self)
 
     def _failed(self, error: grpc.aio.AioRpcError) -> ResumeEvent:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -137,11 +179,11 @@ class Call:
         refusal = _refusal_of(error)
         if refusal is not None:
             return Refused(error=refusal)
+        self._link.doubt()
         return self._broken(f"{error.code().name}: {error.details()}")
 
-    def _broken(self, problem: str) -> Broken:
-        self._link.doubt()
-        return Broken(problem=f"router {self._link.name} at {self._link.address}: {problem}")
+    def _broken(self, problem: str, *, silent: bool = False) -> Broken:
+        return Broken(problem=f"router {self._link.name} at {self._link.address}: {problem}", silent=silent)
 
 
 def _refusal_of(error: grpc.aio.AioRpcError) -> Overloaded | InvalidInput | None:

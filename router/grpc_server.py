@@ -36,6 +36,8 @@ from router.wire.codec import (
 MAX_DETAILS = 500
 """Characters of an error's text in a status: the rest of the header belongs to the refusal."""
 
+BEAT_S = 0.15
+
 STOP_SLACK_S = 5.0
 """How much longer than its grace a stop may take before it is our bug."""
 
@@ -76,7 +78,7 @@ class RouterServer:
     """Listens for `RouterService` calls on `bind`, on the first free port of `ports` or on any port.
 
     `max_streams` bounds the calls in progress (one more is Overloaded), `max_message_bytes` what one call may bring.
-    A stream without tokens gets an empty response every `heartbeat_s`, so that a stopped router shows.
+    It beats every `beat_s`, so that a stopped router shows.
     """
 
     def __init__(
@@ -87,14 +89,14 @@ class RouterServer:
         ports: range | None = None,
         max_streams: int = 1024,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
-        heartbeat_s: float = 1.0,
+        beat_s: float = BEAT_S,
     ) -> None:
         self._engine = engine
         self._bind = bind
         self._ports = ports
         self._max_streams = max_streams
         self._max_message_bytes = max_message_bytes
-        self._heartbeat_s = heartbeat_s
+        self._beat_s = beat_s
         self._thread = threading.Thread(target=self._run, name="router-listener", daemon=True)
         self._started: Future[int] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -133,7 +135,7 @@ class RouterServer:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        calls = _Calls(self._engine, self._loop, self._max_streams, self._heartbeat_s)
+        calls = _Calls(self._engine, self._loop, self._max_streams, self._beat_s)
         try:
             server = grpc.aio.server(options=self._options())
             router_pb2_grpc.add_RouterServiceServicer_to_server(calls, server)
@@ -172,20 +174,21 @@ class RouterServer:
 class _Calls:
     """The methods of `RouterService`. All of it runs on the listener's loop."""
 
-    def __init__(
-        self, engine: SubmitTarget, loop: asyncio.AbstractEventLoop, max_streams: int, heartbeat_s: float
-    ) -> None:
+    def __init__(self, engine: SubmitTarget, loop: asyncio.AbstractEventLoop, max_streams: int, beat_s: float) -> None:
         self._engine = engine
         self._inbox = _Inbox(loop)
         self._max_streams = max_streams
-        self._heartbeat_s = heartbeat_s
+        self._beat_s = beat_s
         self._mailboxes: set[_Mailbox] = set()
         self._stopped = False
+        self._ending = asyncio.Event()
 
-    async def Ping(self, request: pb.PingRequest, context: _Context) -> pb.PingResponse:
-        if self._stopped:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine has stopped")
-        return pb.PingResponse()
+    async def Beat(self, request: pb.BeatRequest, context: _Context) -> None:
+        while not self._stopped and not self._ending.is_set():
+            await context.write(pb.BeatResponse())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), self._beat_s)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "this router takes no requests any more")
 
     async def Submit(self, request: pb.SubmitRequest, context: _Context) -> None:
         if len(self._mailboxes) >= self._max_streams:
@@ -199,6 +202,7 @@ class _Calls:
 
     def end(self) -> None:
         """End all streams with a status that lets their ingresses resume them elsewhere."""
+        self._ending.set()
         for mailbox in self._mailboxes:
             mailbox.close()
 
@@ -234,7 +238,7 @@ class _Calls:
     async def _answer(self, mailbox: _Mailbox, context: _Context) -> None:
         await context.write(pb.SubmitResponse())
         while True:
-            events = await mailbox.take(self._heartbeat_s)
+            events = await mailbox.take()
             await context.write(encode_events(events))
             if events and isinstance(events[-1], FinishEvent):
                 return
@@ -259,11 +263,9 @@ class _Mailbox:
         self._events.append(event)
         self._arrived.set()
 
-    async def take(self, patience_s: float) -> Sequence[Event]:
-        """All events that are there, waiting for one at most `patience_s`; none when none came."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(patience_s):
-                await self._arrived.wait()
+    async def take(self) -> Sequence[Event]:
+        """All events that are there, once there is one; none when the mailbox was closed."""
+        await self._arrived.wait()
         self._arrived.clear()
         events, self._events = self._events, []
         return events
@@ -296,7 +298,7 @@ class _Inbox:
 class _Context(Protocol):
     """What we use of a `grpc.aio.ServicerContext`."""
 
-    async def write(self, message: pb.SubmitResponse) -> None: ...
+    async def write(self, message: pb.SubmitResponse | pb.BeatResponse) -> None: ...
 
     async def abort(
         self, code: grpc.StatusCode, details: str, trailing_metadata: tuple[tuple[str, bytes], ...] = ()

@@ -60,9 +60,10 @@ class Received:
 
 @dataclass(frozen=True, kw_only=True)
 class Broken:
-    """The open stream ended without a finish, or its router fell silent."""
+    """The open stream ended without a finish, or its router fell `silent`."""
 
     problem: str
+    silent: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ def step(state: Resumption, event: ResumeEvent, routers: Iterable[Candidate], no
     if isinstance(event, Received):
         return _receive(state, event, routers, now)
     if isinstance(event, Broken):
-        return Decision(then=_after_failure(state, event.problem, routers, now))
+        return Decision(then=_after_failure(state, event.problem, routers, now, counts=not event.silent))
     if isinstance(event, Refused):
         return Decision(then=_after_refusal(state, event.error, routers, now))
     if isinstance(event, Expired):
@@ -198,9 +199,12 @@ def _gave_up(finish: FinishEvent) -> bool:
     return finish.reason is FinishReason.CANCELLED or finish.code == ROUTER_UNAVAILABLE
 
 
-def _after_failure(state: Resumption, problem: str, routers: Iterable[Candidate], now: float) -> Next:
+def _after_failure(
+    state: Resumption, problem: str, routers: Iterable[Candidate], now: float, *, counts: bool = True
+) -> Next:
+    """Silences do not count: each takes its time, so that the deadline bounds them, and a slow machine has many."""
     state.problem = problem
-    state.num_failed += 1
+    state.num_failed += counts
     state.failed_on.add(state.router)
     if len(state.emitted) >= state.sampling.max_tokens:
         # Only the finish was lost, and it can be no other.
@@ -250,8 +254,10 @@ def _choose(state: Resumption, free: Sequence[Candidate]) -> Candidate:
     return next((r for r in free if r.name == preferred and r.in_flight - least.in_flight <= gap), least)
 
 
-def _preference(state: Resumption, router: Candidate) -> tuple[bool, int, str]:
-    return (router.name in state.failed_on, router.in_flight, router.name)
+def _preference(state: Resumption, router: Candidate) -> tuple[bool, bool, int, str]:
+    """Anew, the one that failed just now comes last."""
+    failed = router.name in state.failed_on
+    return (failed, failed and router.name == state.router, router.in_flight, router.name)
 
 
 def _open(state: Resumption, router: Candidate) -> Open:

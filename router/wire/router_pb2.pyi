@@ -176,10 +176,10 @@ class ContextOverflow(_message.Message):
     max_model_len: int
     def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
-class PingRequest(_message.Message):
+class BeatRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class PingResponse(_message.Message):
+class BeatResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

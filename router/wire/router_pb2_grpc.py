@@ -39,10 +39,10 @@ class RouterServiceStub:
                 request_serializer=router_dot_wire_dot_router__pb2.SubmitRequest.SerializeToString,
                 response_deserializer=router_dot_wire_dot_router__pb2.SubmitResponse.FromString,
                 _registered_method=True)
-        self.Ping = channel.unary_unary(
-                '/herd.router.v1.RouterService/Ping',
-                request_serializer=router_dot_wire_dot_router__pb2.PingRequest.SerializeToString,
-                response_deserializer=router_dot_wire_dot_router__pb2.PingResponse.FromString,
+        self.Beat = channel.unary_stream(
+                '/herd.router.v1.RouterService/Beat',
+                request_serializer=router_dot_wire_dot_router__pb2.BeatRequest.SerializeToString,
+                response_deserializer=router_dot_wire_dot_router__pb2.BeatResponse.FromString,
                 _registered_method=True)
 
 
@@ -58,8 +58,8 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Ping(self, request, context):
-        """Answered at once by any router that takes requests.
+    def Beat(self, request, context):
+        """A sign of life several times a second for as long as the router takes requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,10 +73,10 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     request_deserializer=router_dot_wire_dot_router__pb2.SubmitRequest.FromString,
                     response_serializer=router_dot_wire_dot_router__pb2.SubmitResponse.SerializeToString,
             ),
-            'Ping': grpc.unary_unary_rpc_method_handler(
-                    servicer.Ping,
-                    request_deserializer=router_dot_wire_dot_router__pb2.PingRequest.FromString,
-                    response_serializer=router_dot_wire_dot_router__pb2.PingResponse.SerializeToString,
+            'Beat': grpc.unary_stream_rpc_method_handler(
+                    servicer.Beat,
+                    request_deserializer=router_dot_wire_dot_router__pb2.BeatRequest.FromString,
+                    response_serializer=router_dot_wire_dot_router__pb2.BeatResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -117,7 +117,7 @@ class RouterService:
             _registered_method=True)
 
     @staticmethod
-    def Ping(request,
+    def Beat(request,
             target,
             options=(),
             channel_credentials=None,
@@ -127,12 +127,12 @@ class RouterService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
-            '/herd.router.v1.RouterService/Ping',
-            router_dot_wire_dot_router__pb2.PingRequest.SerializeToString,
-            router_dot_wire_dot_router__pb2.PingResponse.FromString,
+            '/herd.router.v1.RouterService/Beat',
+            router_dot_wire_dot_router__pb2.BeatRequest.SerializeToString,
+            router_dot_wire_dot_router__pb2.BeatResponse.FromString,
             options,
             channel_credentials,
             insecure,

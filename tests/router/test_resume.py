@@ -202,3 +202,13 @@ def test_any_life_yields_every_token_once_and_ends_once(data: st.DataObject) -> 
     assert num_opens <= POLICY.max_attempts + refusals
     assert not (isinstance(decision.then, Fail) and handed)
     assert len(handed) <= state.sampling.max_tokens
+
+
+def test_silences_are_bounded_by_the_deadline_alone() -> None:
+    state, both = request(), routers(a=0, b=0)
+    assert step(state, Begun(), both, 0.0) == opens("a", 0)
+    for attempt in range(1, 50):
+        silent = Broken(problem="said nothing", silent=True)
+        assert step(state, silent, both, float(attempt)) == opens("ab"[attempt % 2], attempt)
+    end = step(state, Broken(problem="said nothing", silent=True), both, DEADLINE).then
+    assert isinstance(end, End) and end.finish.code == "router_unavailable"

@@ -36,7 +36,7 @@ HELD = 5
 
 @contextmanager
 def served(engine: ScriptedEngine) -> Iterator[RouterServer]:
-    server = RouterServer(engine, heartbeat_s=0.1)
+    server = RouterServer(engine, beat_s=0.05)
     server.start()
     try:
         yield server
@@ -574,13 +574,14 @@ def test_a_retired_link_closes_with_its_last_call() -> None:
         link = Link(
             name="a",
             address=server.address,
+            silence_s=PATIENCE_S,
             probe_interval_s=0.05,
             max_message_bytes=1 << 20,
             on_change=lambda: None,
         )
         call = link.open(raw_request(), PATIENCE_S)
         link.retire()
-        assert await call.read(PATIENCE_S) == Received()
+        assert await call.read() == Received()
         call.close()
         await asyncio.sleep(0)
         with pytest.raises(grpc.aio.UsageError, match="closed"):
@@ -591,13 +592,12 @@ def test_a_retired_link_closes_with_its_last_call() -> None:
         asyncio.run(scenario())
 
 
-def test_an_idle_stream_gets_heartbeats_and_a_clear_end() -> None:
+def test_an_idle_stream_has_a_clear_end() -> None:
     async def scenario() -> None:
         async with channel_to(server) as channel:
             call = router_pb2_grpc.RouterServiceStub(channel).Submit(raw_request())
-            for _ in range(4):
-                response = await call.read()
-                assert not response.tokens and not response.HasField("finish")
+            response = await call.read()
+            assert not response.tokens and not response.HasField("finish")
             stopping = asyncio.create_task(asyncio.to_thread(server.stop))
             with pytest.raises(grpc.aio.AioRpcError, match="this router stops"):
                 while True:
@@ -608,18 +608,21 @@ def test_an_idle_stream_gets_heartbeats_and_a_clear_end() -> None:
         asyncio.run(scenario())
 
 
-def test_a_listener_without_an_engine_answers_no_pings() -> None:
+def test_a_listener_without_an_engine_ends_its_beats() -> None:
     engine = ScriptedEngine()
 
     async def scenario() -> None:
         async with channel_to(server) as channel:
             stub = router_pb2_grpc.RouterServiceStub(channel)
-            await stub.Ping(pb.PingRequest())
+            beats = stub.Beat(pb.BeatRequest())
+            for _ in range(3):
+                await beats.read()
             engine.stop()
             with pytest.raises(grpc.aio.AioRpcError, match="this router is stopping"):
                 await stub.Submit(raw_request()).read()
-            with pytest.raises(grpc.aio.AioRpcError, match="the engine has stopped"):
-                await stub.Ping(pb.PingRequest())
+            with pytest.raises(grpc.aio.AioRpcError, match="takes no requests any more"):
+                while True:
+                    await beats.read()
 
     with served(engine) as server:
         asyncio.run(scenario())

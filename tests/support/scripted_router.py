@@ -167,7 +167,7 @@ class ScriptedEngine:
 
 
 def main() -> None:
-    server = RouterServer(ScriptedEngine(hold_at=int(sys.argv[1])), heartbeat_s=0.1)
+    server = RouterServer(ScriptedEngine(hold_at=int(sys.argv[1])), beat_s=0.05)
     server.start()
     print(server.address, flush=True)
     threading.Event().wait()
