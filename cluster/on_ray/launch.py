@@ -213,7 +213,7 @@ class Launcher:
     def _drain(self) -> None:
         """Wait until no router has requests any more, at most `DRAIN_S`."""
         end = time.monotonic() + DRAIN_S
-        if not self._ray.is_alive():
+        if not self._ray.has_head():
             return
         with contextlib.suppress(ControllerUnreachable):
             ask_drain(self._find())
@@ -226,16 +226,21 @@ class Launcher:
 
     def _serve(self, signals: Signals) -> None:
         """Wait for a signal. The cluster heals by itself; only Ray is beyond its means."""
+        headed = True
         while not signals.asked.wait(WATCH_S):
             if not self._ray.is_alive():
                 raise StartFailed("Ray has ended")
+            if headed and not self._ray.has_head():
+                headed = False
+                self._ray.rest()
+                self._say("Ray's head has died: requests are served on, but nothing that dies is replaced any more")
 
     def _end(self) -> None:
         """Take down what is up, whatever that is, in bounded time even when Ray does not answer any more."""
         steps = threading.Thread(target=self._end_in_order, name="end", daemon=True)
         steps.start()
         end = time.monotonic() + END_S
-        while steps.is_alive() and self._ray.is_alive() and time.monotonic() < end:
+        while steps.is_alive() and self._ray.has_head() and time.monotonic() < end:
             steps.join(POLL_S)
         # Ray ends within the steps, too, so that they get a moment more once it has.
         steps.join(LAST_WORDS_S)

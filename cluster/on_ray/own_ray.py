@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -19,7 +20,10 @@ from experts.errors import HerdError, InvalidInput
 
 PARENT = Path("/tmp")
 PREFIX = "herd-ray-"
-VITAL_PROGRAMS = ("gcs_server", "raylet")
+HEAD, NODE = "gcs_server", "raylet"
+"""Ray's programs: the head starts and replaces actors, the node's keeps them alive."""
+HEADLESS_S = 7 * 24 * 3600
+"""How long everything goes on without the head; Ray's own default is a minute."""
 LAST_WORDS_S = 5.0
 
 
@@ -34,12 +38,14 @@ class OwnRay:
         _remove_leftovers()
         # Short, because the paths of Unix sockets below it may have 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=PARENT))
-        self._vital: list[int] = []
+        self._head: list[int] = []
+        self._node: list[int] = []
 
     def start(self) -> None:
         """Raises RayFailed."""
         adopt_orphans()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEADLESS_S))
         # Workers import the packages from where this process has them, installed or not.
         roots = [str(Path(cluster.__path__[0]).parent), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(root for root in roots if root)
@@ -58,11 +64,22 @@ class OwnRay:
         except Exception as error:
             raise RayFailed(f"Ray did not start: {_first_line(error)}") from error
 
-        self._vital = [pid for pid in descendants(os.getpid()) if command(pid).endswith(VITAL_PROGRAMS)]
+        self._head, self._node = (
+            [pid for pid in descendants(os.getpid()) if command(pid).endswith(program)] for program in (HEAD, NODE)
+        )
 
     def is_alive(self) -> bool:
-        """Whether the programs run that nothing works without."""
-        return all(is_alive(pid) for pid in self._vital)
+        """Whether the program runs that our processes end with."""
+        return all(is_alive(pid) for pid in self._node)
+
+    def has_head(self) -> bool:
+        """Whether Ray can still start and replace processes, and end in order."""
+        return self.is_alive() and all(is_alive(pid) for pid in self._head)
+
+    def rest(self) -> None:
+        """Once the head is gone: Ray's thread for errors would take a whole processor to hear of none."""
+        with suppress(AttributeError):  # It is Ray's own affair, and may be another way in the next version.
+            ray._private.worker.global_worker.threads_stopped.set()
 
     def stop(self) -> None:
         """End Ray and remove its files."""
@@ -95,6 +112,13 @@ class JoinedRay:
     def is_alive(self) -> bool:
         """Ray tells its drivers by itself when it goes."""
         return True
+
+    def has_head(self) -> bool:
+        """Nobody here can tell."""
+        return True
+
+    def rest(self) -> None:
+        """See OwnRay."""
 
     def abandon(self) -> None:
         """Nothing of it ends with us: actors and application go on until somebody ends them."""

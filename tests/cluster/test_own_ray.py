@@ -20,7 +20,7 @@ def slow_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def init(**_options: Any) -> None:
         raise Exception("The current node timed out during startup.\nmore")
 
-    for name in ("RAY_USAGE_STATS_ENABLED", "PYTHONPATH"):
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_gcs_rpc_server_reconnect_timeout_s", "PYTHONPATH"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr(own_ray, "PARENT", tmp_path)
     monkeypatch.setattr(own_ray, "adopt_orphans", lambda: None)
@@ -38,3 +38,22 @@ def test_a_ray_that_cannot_be_joined_is_named() -> None:
     settings = parse_settings({"model_dir": "x", "ray_address": "127.0.0.1:1"})
     with pytest.raises(InvalidInput, match=r"^ray-address: must be a Ray cluster: The current node timed out"):
         JoinedRay(settings).start()
+
+
+def test_a_ray_lives_while_its_node_does_and_heals_while_its_head_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    living = {11: "/ray/gcs_server", 12: "/ray/raylet", 13: "python"}
+    monkeypatch.setattr(own_ray, "descendants", lambda _pid: list(living))
+    monkeypatch.setattr(own_ray, "command", lambda pid: living[pid])
+    monkeypatch.setattr(own_ray, "is_alive", lambda pid: pid in living)
+    monkeypatch.setattr(own_ray, "adopt_orphans", lambda: None)
+    monkeypatch.setattr(own_ray.ray, "init", lambda **_options: None)
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_gcs_rpc_server_reconnect_timeout_s", "PYTHONPATH"):
+        monkeypatch.setenv(name, "0")
+    mine = OwnRay()
+    mine.start()
+    assert mine.is_alive() and mine.has_head()
+    del living[11]
+    assert mine.is_alive() and not mine.has_head()
+    del living[12]
+    assert not mine.is_alive() and not mine.has_head()
+    mine.folder.rmdir()
