@@ -11,7 +11,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TypeVar
 
-from cluster.control.pack import target_by_host
+from cluster.control.pack import spread, target_by_host
+from cluster.control.rehome import rehome
 from cluster.control.state import (
     ControllerState,
     DrainAsked,
@@ -55,10 +56,13 @@ def start(
     first_life = journal.term == 0
     journal = replace(journal, term=journal.term + 1)
     patience = 0.0 if first_life else timing.lost_after
-    targets = target_by_host(journal.target, hosts)
+    names = list(hosts)
+    journal = replace(journal, away=journal.away & frozenset(names))
+    targets = _targets(journal, names)
     state = ControllerState(
         journal=journal,
-        hosts=_frozen({name: HostState(target=target, start_at=now + patience) for name, target in targets.items()}),
+        wanted=rehome(journal.target, journal.away, names),
+        hosts=_frozen({name: HostState(target=targets[name], start_at=now + patience, heard_at=now) for name in names}),
         ticked_at=now,
         alone_since=now,
         hold_until=now + patience,
@@ -85,6 +89,8 @@ def step(state: ControllerState, event: Event, now: float) -> tuple[ControllerSt
         case Tick():
             state = _tick(state, now, effects)
     state = _publish(state, now, effects)
+    # Whoever gives something up does so after everybody was told not to ask for it any more.
+    state = _send_orders(state, effects)
     return state, effects
 
 
@@ -96,12 +102,46 @@ def _host_reported(state: ControllerState, event: HostReported, now: float, effe
         retire = HostOrder(retire=True)
         effects.append(SendOrder(name=report.name, stream=event.stream, order=retire))
         return state
-    if host.stream != event.stream:
-        order = HostOrder(target=host.target)
-        effects.append(SendOrder(name=report.name, stream=event.stream, order=order))
     serving = _serving(host, report)
-    host = replace(host, report=report, heard_at=now, stream=event.stream, lost=False, serving=serving)
-    return _with_host(state, report.name, host)
+    ordered = host.ordered if host.stream == event.stream else None
+    host = replace(host, report=report, heard_at=now, stream=event.stream, ordered=ordered, lost=False, serving=serving)
+    first = state.hosts[report.name].report is None
+    state = _with_host(state, report.name, host)
+    return _spread(state, effects) if first else state
+
+
+def _spread(state: ControllerState, effects: list[Effect]) -> ControllerState:
+    """Before a new cluster serves anything, its replicas are spread over the nodes that its hosts turn out to be on."""
+    reports = {name: host.report for name, host in state.hosts.items()}
+    journal = state.journal
+    if journal.term > 1 or journal.epoch > 0 or not all(reports.values()):
+        return state
+    target = spread(journal.target, {name: report.node for name, report in reports.items() if report is not None})
+    if target == journal.target:
+        return state
+    journal = replace(journal, target=_frozen(target))
+    effects.append(WriteJournal(journal=journal))
+    return _retarget(state, journal)
+
+
+def _retarget(state: ControllerState, journal: Journal) -> ControllerState:
+    """Go by `journal`'s target and its hosts that are away."""
+    targets = _targets(journal, state.hosts)
+    hosts = {
+        name: host if host.target == targets[name] else replace(host, target=targets[name])
+        for name, host in state.hosts.items()
+    }
+    wanted = rehome(journal.target, journal.away, state.hosts)
+    return replace(state, journal=journal, wanted=wanted, hosts=_frozen(hosts))
+
+
+def _targets(journal: Journal, hosts: Iterable[str]) -> dict[str, frozenset[ExpertKey]]:
+    """A host that is away shall hold what it will serve when it is back."""
+    names = list(hosts)
+    now, later = (
+        target_by_host(replicas, names) for replicas in (rehome(journal.target, journal.away, names), journal.target)
+    )
+    return {name: later[name] if name in journal.away else now[name] for name in names}
 
 
 def _is_older_life(host: HostState, event: HostReported) -> bool:
@@ -151,6 +191,7 @@ def _tick(state: ControllerState, now: float, effects: list[Effect]) -> Controll
         state = _forgive(state, pause)
     for name, host in state.hosts.items():
         state = _with_host(state, name, _check_host(name, host, state.timing, now, effects))
+    state = _rehome(state, now, effects)
     for name, member in state.members.items():
         if now - member.heard_at >= state.timing.lost_after:
             state = _without_member(state, name)
@@ -161,6 +202,29 @@ def _tick(state: ControllerState, now: float, effects: list[Effect]) -> Controll
         effects.append(Leave(reason=f"no router and no ingress for {patience:.0f} s"))
         return replace(state, alone_since=now)
     return state
+
+
+def _rehome(state: ControllerState, now: float, effects: list[Effect]) -> ControllerState:
+    """Give the experts of hosts that stay away to others, and back once they serve again."""
+    journal = state.journal
+    gone = {name for name, host in state.hosts.items() if _stays_away(host, now, state)}
+    back = {name for name in journal.away if _is_back(state.hosts[name])}
+    away = (journal.away | gone) - back
+    if away == journal.away or len(away) == len(state.hosts):
+        return state
+    journal = replace(journal, away=away)
+    effects.append(WriteJournal(journal=journal))
+    return _retarget(state, journal)
+
+
+def _stays_away(host: HostState, now: float, state: ControllerState) -> bool:
+    new = host.report is None and state.journal.term == 1
+    patience = state.timing.rehome_at_start if new else state.timing.rehome
+    return (host.report is None or host.lost) and now - host.heard_at >= patience
+
+
+def _is_back(host: HostState) -> bool:
+    return host.report is not None and not host.lost and host.serving == host.target
 
 
 def _forgive(state: ControllerState, pause: float) -> ControllerState:
@@ -207,11 +271,18 @@ def _publish(state: ControllerState, now: float, effects: list[Effect]) -> Contr
     return replace(state, view=view, version=view.version)
 
 
+def _send_orders(state: ControllerState, effects: list[Effect]) -> ControllerState:
+    for name, host in state.hosts.items():
+        if host.stream is not None and host.ordered != host.target:
+            effects.append(SendOrder(name=name, stream=host.stream, order=HostOrder(target=host.target)))
+            state = _with_host(state, name, replace(host, ordered=host.target))
+    return state
+
+
 def _serving_replicas(state: ControllerState) -> Replicas:
     serving = {name: host.serving for name, host in state.hosts.items()}
     replicas = {
-        key: tuple(name for name in names if key in serving.get(name, ()))
-        for key, names in state.journal.target.items()
+        key: tuple(name for name in names if key in serving.get(name, ())) for key, names in state.wanted.items()
     }
     return _frozen({key: names for key, names in replicas.items() if names})
 

@@ -59,6 +59,7 @@ def encode(journal: Journal) -> dict[str, Any]:
         "term": journal.term,
         "epoch": journal.epoch,
         "port": journal.port,
+        "away": sorted(journal.away),
         "target": _encode_replicas(journal.target),
         "replicas": _encode_replicas(journal.replicas),
     }
@@ -76,6 +77,7 @@ def decode(raw: Any) -> Journal:
         term=term,
         epoch=epoch,
         port=port,
+        away=frozenset(str(name) for name in raw.get("away", ())),
         target=_decode_replicas(raw["target"]),
         replicas=_decode_replicas(raw["replicas"]),
     )

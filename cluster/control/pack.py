@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from experts.errors import InvalidInput
 from experts.placement import ExpertKey
 
 
 def pack(
-    *, layers: Sequence[int], num_experts: int, hosts: Sequence[str], num_replicas: int
+    *,
+    layers: Sequence[int],
+    num_experts: int,
+    hosts: Sequence[str],
+    num_replicas: int,
+    nodes: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[ExpertKey, tuple[str, ...]]:
-    """Give every expert of `layers` to `num_replicas` distinct hosts.
+    """Give every expert of `layers` to `num_replicas` distinct hosts, on as many distinct `nodes` as there are.
 
-    In every layer, and over all layers, no two hosts differ by more than one expert. Where that leaves a choice,
-    the experts of one host are replicated on as many different hosts as possible, so that the load of a lost host
-    spreads over all others. Raises InvalidInput when there are more replicas than hosts.
+    `nodes` tells where each host is. On one node, no two hosts differ by more than one expert in any layer or over all
+    of them. Where that leaves a choice, the experts of one host are replicated on as many different hosts as possible,
+    so that the load of a lost host spreads over all others. Raises InvalidInput for more replicas than hosts.
     """
     if not 1 <= num_replicas <= len(hosts):
         raise InvalidInput("replicas", num_replicas, f"must be between 1 and the number of hosts, {len(hosts)}")
@@ -31,6 +37,7 @@ def pack(
                 best = min(
                     (host for host in hosts if host not in chosen),
                     key=lambda host: (
+                        sum(nodes.get(other) == nodes.get(host) for other in chosen),
                         held_here[host],
                         held[host],
                         max((together[(other, host)] for other in chosen), default=0),
@@ -44,6 +51,22 @@ def pack(
                 chosen.append(best)
             placement[(layer, expert)] = tuple(chosen)
     return placement
+
+
+def spread(
+    target: Mapping[ExpertKey, tuple[str, ...]], nodes: Mapping[str, str]
+) -> Mapping[ExpertKey, tuple[str, ...]]:
+    """`target` packed anew for hosts that are on `nodes`; as it is where one node or one replica leaves no choice."""
+    num_replicas = max((len(names) for names in target.values()), default=0)
+    if num_replicas < 2 or len(set(nodes.values())) < 2:
+        return target
+    return pack(
+        layers=sorted({layer for layer, _ in target}),
+        num_experts=1 + max(expert for _, expert in target),
+        hosts=list(nodes),
+        num_replicas=num_replicas,
+        nodes=nodes,
+    )
 
 
 def target_by_host(

@@ -26,6 +26,10 @@ class Timing:
     """Additions to the placement are published at most this often while hosts are still loading."""
     restart_lost: float = 10.0
     """A lost host is started again after this, should nobody else have done it."""
+    rehome: float = 30.0
+    """The experts of a host that says nothing for so long go to others until it is back."""
+    rehome_at_start: float = 300.0
+    """The same for a host of a new cluster that never said anything."""
     ensure_again: float = 20.0
     """A host that was started and still says nothing is started once more after this."""
     stall: float = 1.5
@@ -40,7 +44,8 @@ class Timing:
 class Journal:
     """What outlives the controller. `replicas` is the placement published under `epoch`, `target` what shall be.
 
-    `digest` names the settings that `target` was made from; `port` is that of the control listener.
+    `away` are hosts whose experts others hold meanwhile. `digest` names the settings that `target` was made from;
+    `port` is that of the control listener.
     """
 
     digest: str
@@ -49,13 +54,14 @@ class Journal:
     epoch: int = 0
     replicas: Replicas = field(default_factory=lambda: MappingProxyType({}))
     port: int = 0
+    away: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostState:
     """One wanted host. `serving` are the replicas of it that the placement may list.
 
-    `stream` names the connection that its reports come on; orders go there.
+    `stream` names the connection that its reports come on; orders go there, and `ordered` is the last one's target.
     """
 
     target: frozenset[ExpertKey]
@@ -64,6 +70,7 @@ class HostState:
     report: HostReport | None = None
     heard_at: float = 0.0
     stream: int | None = None
+    ordered: frozenset[ExpertKey] | None = None
     lost: bool = False
     serving: frozenset[ExpertKey] = frozenset()
 
@@ -78,13 +85,15 @@ class MemberState:
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerState:
-    """All of it. `view` is the last published one; None until the first.
+    """All of it. `view` is the last published one; None until the first. `wanted` is the journal's target without the
+    hosts that are away.
 
     `hold_until`: after a restart nothing is published before this, or before every host has reported, because a
     view made from half of the reports would take serving replicas away.
     """
 
     journal: Journal
+    wanted: Replicas
     hosts: Mapping[str, HostState]
     ticked_at: float
     alone_since: float

@@ -31,8 +31,9 @@ def view_of(state: ControllerState, version: int) -> ClusterView:
 def status_of(state: ControllerState, name: str, controller: ControllerInfo) -> ClusterStatus:
     """Everything, with the numbers of the last reports. `controller` carries what only the process knows."""
     members = [member.report for _, member in sorted(state.members.items())]
-    wanted = sum(len(host.target) for host in state.hosts.values())
-    held = sum(len(_held(host) & host.target) for host in state.hosts.values())
+    here = [host for name, host in state.hosts.items() if name not in state.journal.away]
+    wanted = sum(len(host.target) for host in here)
+    held = sum(len(_held(host) & host.target) for host in here)
     hosts = [host_info(host_name, host) for host_name, host in state.hosts.items()]
     inner = [report.inner_host for report in members if report.inner_host is not None]
     return ClusterStatus(
@@ -114,7 +115,8 @@ def _held(host: HostState) -> frozenset[tuple[int, int]]:
 def _problems(state: ControllerState) -> Iterator[str]:
     for name, host in state.hosts.items():
         if host.lost:
-            yield f"host {name} is lost: no report for over {state.timing.lost_after:.0f} s"
+            others = "; other hosts hold its experts meanwhile" if name in state.journal.away else ""
+            yield f"host {name} is lost: no report for over {state.timing.lost_after:.0f} s{others}"
         if host.report is not None and host.report.problem:
             yield f"host {name}: {host.report.problem}"
     for name, member in sorted(state.members.items()):

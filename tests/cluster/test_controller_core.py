@@ -141,10 +141,10 @@ def test_the_start_of_a_cluster() -> None:
     cluster = Cluster()
     assert cluster.log == ["journal term=1 epoch=0"]
     assert cluster.wait(0.25) == ["start h0", "start h1", "view epoch=0 replicas=0 "]
-    assert cluster.report("h0", held=0) == ["order h0/1: hold 4", "view epoch=0 replicas=0 h0:loading"]
+    assert cluster.report("h0", held=0) == ["view epoch=0 replicas=0 h0:loading", "order h0/1: hold 4"]
     assert cluster.report("h0", held=3) == []
     assert cluster.report("h0") == ["journal term=1 epoch=1", "view epoch=1 replicas=4 h0:ready"]
-    assert cluster.report("h1", held=2) == ["order h1/1: hold 4", "view epoch=1 replicas=4 h0:ready h1:loading"]
+    assert cluster.report("h1", held=2) == ["view epoch=1 replicas=4 h0:ready h1:loading", "order h1/1: hold 4"]
     cluster.now += 0.1
     assert cluster.report("h1") == ["journal term=1 epoch=2", "view epoch=2 replicas=8 h0:ready h1:ready"]
     assert cluster.report("h1") == []
@@ -157,9 +157,9 @@ def test_a_host_that_ray_restarts_serves_nothing_until_it_has_loaded() -> None:
     cluster.wait(1.5)
     assert cluster.views[-1].placement.epoch == 2
     assert cluster.report("h0", life=2, held=0, stream=5) == [
-        "order h0/5: hold 4",
         "journal term=1 epoch=3",
         "view epoch=3 replicas=4 h0:loading h1:ready",
+        "order h0/5: hold 4",
     ]
     assert cluster.report("h0", life=2, stream=5) == [
         "journal term=1 epoch=4",
@@ -171,7 +171,7 @@ def test_a_broken_stream_alone_takes_nothing_away() -> None:
     cluster = running()
     assert cluster.take(HostGone(name="h0", stream=1)) == []
     cluster.now += 2.0
-    assert cluster.report("h0", stream=2) == ["order h0/2: hold 4"]
+    assert cluster.report("h0", stream=2)[-1:] == ["order h0/2: hold 4"]
     assert cluster.take(HostGone(name="h0", stream=1)) == [], "the end of an old stream says nothing"
     assert cluster.state.hosts["h0"].stream == 2
 
@@ -192,8 +192,8 @@ def test_a_restarted_controller_adopts_what_lives() -> None:
     assert cluster.log == ["journal term=2 epoch=2"]
     assert cluster.report("h0", stream=8) == ["order h0/8: hold 4"], "half a placement is not published"
     assert cluster.report("h1", stream=9) == [
-        "order h1/9: hold 4",
         "view epoch=2 replicas=8 h0:ready h1:ready",
+        "order h1/9: hold 4",
     ]
     assert cluster.wait(2.0) == [], "nobody is started"
 
@@ -231,7 +231,7 @@ def test_the_controller_blames_nobody_for_its_own_pause() -> None:
 
 def test_one_name_has_one_life() -> None:
     cluster = running()
-    assert cluster.report("h0", life=7, stream=2)[0] == "order h0/2: hold 4"
+    assert cluster.report("h0", life=7, stream=2)[-1] == "order h0/2: hold 4"
     assert cluster.report("h0", life=1, stream=1) == ["order h0/1: retire"]
     assert cluster.state.hosts["h0"].report.incarnation == 7
 
@@ -240,7 +240,51 @@ def test_a_life_with_a_lower_number_is_taken_when_the_other_one_is_gone() -> Non
     cluster = running()
     cluster.report("h0", life=7, stream=2)
     cluster.take(HostGone(name="h0", stream=2))
-    assert cluster.report("h0", life=3, stream=4, held=0)[0] == "order h0/4: hold 4"
+    assert cluster.report("h0", life=3, stream=4, held=0)[-1] == "order h0/4: hold 4"
+
+
+def test_the_experts_of_a_host_that_stays_away_go_to_others_and_back() -> None:
+    cluster = running(("h0", "h1", "h2"), num_replicas=2)
+    base, epoch = dict(cluster.state.journal.target), cluster.state.journal.epoch
+    alive(cluster, 29, ["h1", "h2"])
+    assert cluster.state.journal.epoch == epoch + 1, "it serves no more"
+    lines = alive(cluster, 3, ["h1", "h2"])
+    assert [line for line in lines if line.startswith("order")] == ["order h1/1: hold 8", "order h2/1: hold 8"]
+    assert set(cluster.state.placement.replicas.values()) == {("h1", "h2"), ("h2", "h1")}
+    assert cluster.views[-1].placement.epoch > epoch + 1
+    # The next life of the controller knows; the host comes back, loads, and serves before others give anything up.
+    cluster.restart()
+    for host in ("h1", "h2"):
+        cluster.report(host, stream=7)
+    assert [len(cluster.target(host)) for host in ("h1", "h2")] == [8, 8]
+    cluster.report("h0", life=2, held=0, stream=8)
+    alive(cluster, 1, ["h1", "h2"])
+    before = cluster.views[-1].placement
+    cluster.report("h0", life=2, stream=8)
+    lines = cluster.wait(1.0)
+    view = next(index for index, line in enumerate(lines) if line.startswith("view"))
+    orders = [index for index, line in enumerate(lines) if line.startswith("order")]
+    assert orders and view < min(orders), "told before anything is given up"
+    after = cluster.views[-1].placement
+    assert after.epoch == before.epoch + 1 and dict(after.replicas) == base
+
+
+def test_a_host_of_a_new_cluster_has_longer_to_come() -> None:
+    cluster = Cluster(hosts=("h0", "h1"))
+    cluster.report("h0")
+    assert not any(line.startswith("order") for line in alive(cluster, 200, ["h0"]))
+    assert "order h0/1: hold 8" in alive(cluster, 110, ["h0"])
+
+
+def test_replicas_are_spread_over_the_nodes_that_hosts_turn_out_to_be_on() -> None:
+    cluster = Cluster(hosts=("h0", "h1", "h2", "h3"), num_replicas=2)
+    nodes = {"h0": "a", "h1": "a", "h2": "b", "h3": "b"}
+    for host, node in nodes.items():
+        report = HostReport(name=host, incarnation=1, address=f"{host}:1", node=node)
+        cluster.take(HostReported(report=report, stream=1))
+    for names in cluster.state.journal.target.values():
+        assert {nodes[name] for name in names} == {"a", "b"}
+    assert cluster.journals[-1].target == cluster.state.journal.target
 
 
 def test_a_host_that_is_not_wanted_is_sent_away() -> None:

@@ -12,7 +12,15 @@ from cluster.control.pack import pack
 from cluster.control.state import Journal
 
 TARGET = pack(layers=[1, 3], num_experts=4, hosts=["a", "b", "c"], num_replicas=2)
-JOURNAL = Journal(digest="abc", term=3, epoch=17, port=4711, target=TARGET, replicas=dict(list(TARGET.items())[:5]))
+JOURNAL = Journal(
+    digest="abc",
+    term=3,
+    epoch=17,
+    port=4711,
+    target=TARGET,
+    replicas=dict(list(TARGET.items())[:5]),
+    away=frozenset({"host-1"}),
+)
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:

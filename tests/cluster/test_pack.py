@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.control.pack import pack, target_by_host
+from cluster.control.pack import pack, spread, target_by_host
+from cluster.control.rehome import rehome
 from experts.errors import InvalidInput
 
 
@@ -66,3 +67,39 @@ def test_targets_list_hosts_that_hold_nothing() -> None:
 def _spread(held: Counter[str], hosts: list[str]) -> int:
     counts = [held[host] for host in hosts]
     return max(counts) - min(counts)
+
+
+@settings(deadline=None, max_examples=100)
+@given(shapes(), st.data())
+def test_replicas_are_on_as_many_nodes_as_there_are(
+    shape: tuple[list[int], int, list[str], int], data: st.DataObject
+) -> None:
+    layers, num_experts, hosts, num_replicas = shape
+    nodes = {host: data.draw(st.sampled_from("abc"), label=host) for host in hosts}
+    target = pack(layers=layers, num_experts=num_experts, hosts=hosts, num_replicas=num_replicas)
+    for names in spread(target, nodes).values():
+        assert len(set(names)) == num_replicas
+        assert len({nodes[name] for name in names}) == min(num_replicas, len(set(nodes.values())))
+
+
+@settings(deadline=None, max_examples=150)
+@given(shapes(), st.data())
+def test_the_experts_of_hosts_that_are_away_find_other_homes(
+    shape: tuple[list[int], int, list[str], int], data: st.DataObject
+) -> None:
+    layers, num_experts, hosts, num_replicas = shape
+    target = pack(layers=layers, num_experts=num_experts, hosts=hosts, num_replicas=num_replicas)
+    away = frozenset(data.draw(st.sets(st.sampled_from(hosts)), label="away"))
+    present = [host for host in hosts if host not in away]
+    wanted = rehome(target, away, hosts)
+    assert set(wanted) == set(target)
+    if not present:
+        assert wanted == target
+        return
+    for key, names in wanted.items():
+        assert len(set(names)) == len(names) == min(num_replicas, len(present))
+        assert not away & set(names)
+        assert set(target[key]) - away <= set(names), "nobody who has it loses it"
+    for layer in layers:
+        here = Counter(name for key, names in wanted.items() if key[0] == layer for name in names)
+        assert _spread(here, present) <= 1 + len(away)
