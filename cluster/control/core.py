@@ -206,6 +206,8 @@ def _tick(state: ControllerState, now: float, effects: list[Effect]) -> Controll
 
 def _rehome(state: ControllerState, now: float, effects: list[Effect]) -> ControllerState:
     """Give the experts of hosts that stay away to others, and back once they serve again."""
+    if now < state.hold_until:
+        return state
     journal = state.journal
     gone = {name for name, host in state.hosts.items() if _stays_away(host, now, state)}
     back = {name for name in journal.away if _is_back(state.hosts[name])}

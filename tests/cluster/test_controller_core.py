@@ -259,6 +259,7 @@ def test_the_experts_of_a_host_that_stays_away_go_to_others_and_back() -> None:
     assert [len(cluster.target(host)) for host in ("h1", "h2")] == [8, 8]
     cluster.report("h0", life=2, held=0, stream=8)
     alive(cluster, 1, ["h1", "h2"])
+    alive(cluster, 3, ["h1", "h2"])
     before = cluster.views[-1].placement
     cluster.report("h0", life=2, stream=8)
     lines = cluster.wait(1.0)
