@@ -65,6 +65,7 @@ def _parser(version: str) -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="serve a model folder over HTTP"))
     _add_check(commands.add_parser("check", help="say whether a model folder can be served; reads no weights"))
     _add_status(commands.add_parser("status", help="show the processes of a running cluster"))
+    _add_drill(commands.add_parser("drill", help="break a running cluster on purpose, and judge what its users saw"))
     _add_make_tiny(commands.add_parser("make-tiny", help="write a tiny checkpoint with random weights"))
     _add_demo(commands.add_parser("demo", help="serve a tiny checkpoint, ask it, kill a host, ask again"))
     _add_bench(commands.add_parser("bench", help="measure a server, the engine alone, or the links"))
@@ -175,6 +176,21 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     dispatch.add_argument("--json", metavar="FILE", help="as above")
 
 
+def _add_drill(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_drill)
+    hosts = "kill-host, hang-host, slow-host, partition, kill-replicas"
+    others = "kill-router, hang-router, kill-controller, kill-ingress"
+    parser.add_argument("drill", metavar="DRILL,…", help=f"all, or some of {hosts}, {others}")
+    parser.add_argument("--control", metavar="ADDRESS", help="the controller's ip:port (default: the newest that runs)")
+    parser.add_argument("--streams", metavar="N", type=int, default=16, help="streams at a time (16)")
+    parser.add_argument("--output", metavar="T", type=int, default=64, help="tokens of each answer (64)")
+    parser.add_argument("--times", metavar="N", type=int, default=1, help="faults of each drill (1)")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of prompts, victims and moments (0)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the verdicts there as JSON, too; -: only that, to standard output"
+    )
+
+
 def _add_bench_serve(parser: argparse.ArgumentParser) -> None:
     # What is not given is left out, so that the defaults are those of LoadSettings alone.
     parser.argument_default = argparse.SUPPRESS
@@ -264,6 +280,14 @@ def _status(options: argparse.Namespace) -> int:
     status = find_status(options.control, state_dirs(os.environ))
     print(json.dumps(as_json(status), indent=2) if options.json else as_text(status))
     return 0
+
+
+def _drill(options: argparse.Namespace) -> int:
+    from cluster.drill.command import parse_kinds, run_drills
+    from cluster.run_file import state_dirs
+
+    asked = {name: getattr(options, name) for name in ("streams", "output", "times", "seed")}
+    return run_drills(parse_kinds(options.drill), options.control, state_dirs(os.environ), asked, options.json)
 
 
 def _make_tiny(options: argparse.Namespace) -> int:

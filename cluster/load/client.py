@@ -20,21 +20,23 @@ IDLE_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """A whole answer: when its request was sent, when each piece of text came, and when the stream was over."""
+    """A whole answer: when its request was sent, when each piece of text came, when the stream was over; its text."""
 
     sent: float
     times: tuple[float, ...]
     ended: float
     prompt_tokens: int | None
     output_tokens: int | None
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """No whole answer. `kind` is what it is counted under."""
+    """No whole answer. `kind` is what it is counted under; `times` are the instants of the pieces that came."""
 
     kind: str
     message: str
+    times: tuple[float, ...] = ()
 
 
 Outcome = Answered | Failed
@@ -63,15 +65,15 @@ class Client:
 
     async def send(self, body: bytes) -> Outcome:
         """Send one request and read its answer to the end."""
-        try:
-            return await self._send(body)
-        except RequestFailed as error:
-            return Failed(kind=error.kind, message=str(error))
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            return Failed(kind=_kind(error), message=_text(error))
-
-    async def _send(self, body: bytes) -> Answered:
         stream = AnswerStream()
+        try:
+            return await self._send(body, stream)
+        except RequestFailed as error:
+            return Failed(kind=error.kind, message=str(error), times=tuple(stream.times))
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            return Failed(kind=_kind(error), message=_text(error), times=tuple(stream.times))
+
+    async def _send(self, body: bytes, stream: AnswerStream) -> Answered:
         sent = time.perf_counter()
         headers = {"content-type": "application/json"}
         async with self._session.post(self._base + self._path, data=body, headers=headers) as response:
@@ -89,6 +91,7 @@ class Client:
             ended=time.perf_counter(),
             prompt_tokens=stream.prompt_tokens,
             output_tokens=stream.output_tokens,
+            text="".join(stream.texts),
         )
 
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:

@@ -20,12 +20,14 @@ class RequestFailed(Exception):
 
 @dataclass(kw_only=True, eq=False)
 class AnswerStream:
-    """Server-sent events of one answer. `times` are the instants of its pieces of text, each one or more tokens.
+    """Server-sent events of one answer. `times` are the instants of its pieces of text, each one or more tokens, and
+    `texts` those pieces that are plain text.
 
     `prompt_tokens` and `output_tokens` are what the server's usage says, None without.
     """
 
     times: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     done: bool = False
@@ -61,6 +63,7 @@ class AnswerStream:
         choices = event.get("choices")
         if isinstance(choices, list) and any(_has_text(choice) for choice in choices):
             self.times.append(now)
+            self.texts += (text for choice in choices if isinstance(text := _text(choice), str))
 
 
 def _event(data: bytes) -> dict[str, Any]:
@@ -79,6 +82,13 @@ def _message(error: object) -> str:
 
 def _count(value: object, before: int | None) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else before
+
+
+def _text(choice: object) -> object:
+    if not isinstance(choice, dict):
+        return None
+    delta = choice.get("delta")
+    return choice.get("text") or (delta.get("content") if isinstance(delta, dict) else None)
 
 
 def _has_text(choice: object) -> bool:
