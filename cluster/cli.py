@@ -308,7 +308,9 @@ def _bench_engine(options: argparse.Namespace) -> int:
     from cluster.config import parse_counts, parse_settings
     from cluster.measure.engine import bench_engine
     from cluster.measure.report import print_results
+    from cluster.result_file import check_result_file
 
+    check_result_file(options.json)
     ours = ("run", "batch", "prompt", "output", "json")
     settings = parse_settings({name: value for name, value in vars(options).items() if name not in ours})
     batches, prompts = parse_counts("batch", options.batch), parse_counts("prompt", options.prompt)
@@ -329,8 +331,10 @@ def _bench_loop(options: argparse.Namespace) -> int:
     from cluster.config import parse_settings
     from cluster.measure.closed_loop import bench_loop
     from cluster.measure.report import print_results
+    from cluster.result_file import check_result_file
     from experts.errors import InvalidInput
 
+    check_result_file(options.json)
     for name in ("concurrency", "requests", "prompt", "output"):
         if getattr(options, name) < 1:
             raise InvalidInput(name, getattr(options, name), "must be at least 1")
@@ -343,8 +347,10 @@ def _bench_loop(options: argparse.Namespace) -> int:
 def _bench_context(options: argparse.Namespace) -> int:
     from cluster.measure.long_context import bench_context
     from cluster.measure.report import print_results
+    from cluster.result_file import check_result_file
     from experts.errors import InvalidInput
 
+    check_result_file(options.json)
     if not 64 <= options.tokens <= 10_000_000:
         raise InvalidInput("tokens", options.tokens, "must be between 64 and 10000000")
     print_results([bench_context(options.tokens)], options.json)
@@ -354,6 +360,8 @@ def _bench_context(options: argparse.Namespace) -> int:
 def _bench_dispatch(options: argparse.Namespace) -> int:
     from cluster.measure.dispatch import bench_dispatch
     from cluster.measure.report import print_results
+    from cluster.result_file import check_result_file
 
+    check_result_file(options.json)
     print_results(bench_dispatch(options.hidden), options.json)
     return 0

@@ -18,6 +18,7 @@ HerdError
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 
@@ -85,7 +86,7 @@ class Overloaded(HerdError):
     def __init__(self, what: str, retry_after_s: float) -> None:
         self.what = what
         self.retry_after_s = retry_after_s
-        super().__init__(f"{what}; try again in {retry_after_s:.0f} s")
+        super().__init__(f"{what}; try again in {math.ceil(retry_after_s)} s")
 
 
 class ExpertUnavailable(HerdError):

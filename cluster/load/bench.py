@@ -29,10 +29,11 @@ from cluster.load.settings import LoadSettings
 from cluster.load.table import as_text
 from cluster.load.workloads import asks, body
 from cluster.progress import Progress
+from cluster.result_file import STANDARD_OUTPUT, check_result_file, write_result
 from cluster.run_file import read_run_files
 from cluster.show import TIMEOUT_S
 from cluster.version import herd_version
-from experts.errors import ControllerUnreachable, HerdError, InvalidInput
+from experts.errors import ControllerUnreachable, HerdError
 from experts.grpc_control import fetch_status
 
 FAILED, INTERRUPTED = 1, 130
@@ -58,9 +59,7 @@ def bench_serve(settings: LoadSettings, out: str | None, state_dirs: Sequence[Pa
 
     `state_dirs` is where a cluster on this machine has its run file. Raises InvalidInput and HerdError.
     """
-    if out not in (None, "-"):
-        # Now, not after a long run.
-        _write("", out, mode="a")
+    check_result_file(out)
     progress = Progress(sys.stderr)
     try:
         measured = asyncio.run(_measure(settings, progress, _local_parts(settings.url, state_dirs)))
@@ -68,9 +67,9 @@ def bench_serve(settings: LoadSettings, out: str | None, state_dirs: Sequence[Pa
         progress.end()
     report = summarize(measured.collected, settings.goodput)
     document = json.dumps(_document(settings, measured, report), indent=1)
-    print(document if out == "-" else as_text(settings, report, measured.cpu))
-    if out not in (None, "-"):
-        _write(document + "\n", out)
+    print(document if out == STANDARD_OUTPUT else as_text(settings, report, measured.cpu))
+    if out is not None and out != STANDARD_OUTPUT:
+        write_result(out, document)
     if measured.collected.was_interrupted:
         return INTERRUPTED
     return 0 if report.completed else FAILED
@@ -153,11 +152,3 @@ def _commit() -> str:
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return ""
-
-
-def _write(document: str, file: str, mode: str = "w") -> None:
-    try:
-        with open(file, mode, encoding="utf-8") as opened:
-            opened.write(document)
-    except OSError as error:
-        raise InvalidInput("json", file, f"must be a file that can be written: {error.strerror}") from None

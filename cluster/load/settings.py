@@ -62,11 +62,10 @@ class LoadSettings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise InvalidInput(name.replace("_", "-"), value, f"must be between {low} and {high}")
-        for name in ("request_rate", "burstiness", "zipf", "timeout_s"):
-            value = getattr(self, name)
-            finite = value is None or name == "request_rate" or math.isfinite(value)
-            if value is not None and not (value > 0 and finite):
-                raise InvalidInput(name.replace("_", "-"), value, "must be more than 0")
+        for name, least, most in _MEASURES:
+            measure = getattr(self, name)
+            if not (measure is None or least <= measure <= most or (name == "request_rate" and measure == math.inf)):
+                raise InvalidInput(name.replace("_", "-"), measure, f"must be between {least:g} and {most:g}")
         if self.vocab_size is not None and self.vocab_size < 64:
             raise InvalidInput("vocab-size", self.vocab_size, "must be at least 64")
         if not self.api_key.isascii() or not self.api_key.isprintable():
@@ -102,6 +101,13 @@ _COUNTS = (
     ("experts", 1, 1 << 16),
     ("seed", 0, 2**63 - 1),
 )
+_MEASURES = (
+    ("request_rate", 1e-6, 1e6),
+    ("burstiness", 1e-3, 1e3),
+    ("zipf", 1e-3, 100.0),
+    ("timeout_s", 1e-3, 1e6),
+)
+"""Far beyond what anybody measures, and near enough that no arithmetic overflows."""
 
 
 def load_settings(given: Mapping[str, Any]) -> LoadSettings:
@@ -109,6 +115,9 @@ def load_settings(given: Mapping[str, Any]) -> LoadSettings:
     values = dict(given)
     if "concurrency" in values and "request_rate" in values:
         raise InvalidInput("concurrency", values["concurrency"], "does not go with request-rate")
+    for name in ("burstiness", "max_in_flight"):
+        if name in values and "request_rate" not in values:
+            raise InvalidInput(name.replace("_", "-"), values[name], "goes with request-rate alone")
     if "goodput" in values:
         values["goodput"] = parse_goodput(values["goodput"])
     in_completions = values.pop("completions", False)

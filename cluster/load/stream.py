@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_LINE_BYTES = 16 << 20
+MAX_COUNT = 1 << 40
+"""Of tokens. What a server says beyond is taken as nothing said: sums and rates would be worth nothing."""
 _TEXTS = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls")
 
 
@@ -81,7 +83,7 @@ def _message(error: object) -> str:
 
 
 def _count(value: object, before: int | None) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else before
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT else before
 
 
 def _text(choice: object) -> object:

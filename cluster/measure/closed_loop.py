@@ -15,12 +15,14 @@ import torch
 
 from cluster.config import ServeSettings
 from cluster.local import build_engine, load_local_experts, open_model
-from cluster.measure.drive import TIMEOUT_S
+from cluster.measure.drive import TIMEOUT_S, check_room
 from cluster.topology import Role, needs
+from experts.errors import InvalidInput
 from router.engine.engine import Engine
 from router.engine.request import Event, FinishEvent, SamplingParams, TokenEvent
 
 SEED = 20240
+WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +48,22 @@ class _Seen:
 
 
 def bench_loop(settings: ServeSettings, concurrency: int, requests: int, prompt: int, output: int) -> LoopResult:
-    """Run `requests` requests, experts in this process, after as many as there are clients to warm up."""
+    """Run `requests` requests, experts in this process, after as many as there are clients to warm up.
+
+    Raises InvalidInput for answers that have no gaps between tokens or do not fit the context.
+    """
+    if output < 2:
+        raise InvalidInput("output", output, "must be at least 2: one token alone has no gap to the next")
     model = open_model(settings.model_dir, settings.dtype)
     torch.set_num_threads(needs(settings, Role.ROUTER).threads)
     engine = build_engine(model, settings, load_local_experts(model, settings), lambda _missing: True)
     generator = torch.Generator().manual_seed(SEED)
     count = requests + concurrency
     prompts = torch.randint(0, model.config.vocab_size, (count, prompt), generator=generator).tolist()
+    check_room(engine, prompt, max(output, WARM_UP_TOKENS))
     engine.start()
     try:
-        _run(engine, prompts[:concurrency], concurrency, 4)
+        _run(engine, prompts[:concurrency], concurrency, WARM_UP_TOKENS)
         started = time.perf_counter()
         seen = _run(engine, prompts[concurrency:], concurrency, output)
         elapsed_s = time.perf_counter() - started
@@ -86,6 +94,7 @@ def _run(engine: Engine, prompts: Sequence[list[int]], concurrency: int, output:
         if isinstance(event, TokenEvent):
             seen[event.request_id].tokens.append(at)
         elif isinstance(event, FinishEvent):
+            assert len(seen[event.request_id].tokens) == output, event
             num_finished += 1
             _send_next(engine, waiting, output, seen, arrived)
     return list(seen.values())

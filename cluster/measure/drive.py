@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from experts.errors import InvalidInput
 from router.engine.engine import Engine
 from router.engine.request import Event, FinishEvent, SamplingParams, TokenEvent
 
@@ -22,6 +23,13 @@ class Times:
     prefill_s: float
     decode_s: float
     num_decoded: int
+
+
+def check_room(engine: Engine, prompt: int, output: int) -> None:
+    """Raises InvalidInput for lengths that answers of `output` tokens would not reach."""
+    most = engine.max_model_len - output
+    if prompt > most:
+        raise InvalidInput("prompt", prompt, f"must be at most {most}, so that {output} more tokens fit the context")
 
 
 def drive(

@@ -18,7 +18,7 @@ import torch
 
 from cluster.config import ServeSettings
 from cluster.local import Model, build_engine, choose_device, load_local_experts, open_model
-from cluster.measure.drive import Times, drive
+from cluster.measure.drive import Times, check_room, drive
 from cluster.measure.floor import StepShape, floor_s, step_bytes
 from cluster.measure.machine import Machine, measure_machine
 from cluster.measure.watch import Record, Seen, StopWatch, WatchedExperts, WatchedRunner
@@ -178,6 +178,7 @@ def bench_engine(
     torch.set_num_threads(needs(settings, Role.ROUTER).threads)
     results = []
     with bench_of(model, settings) as bench:
+        check_room(bench.engine, max(prompts), max(output, WARM_UP_TOKENS))
         for number, (prompt, batch) in enumerate((prompt, batch) for prompt in prompts for batch in batches):
             results.append(bench.measure(batch, prompt, output, SEED + 2 * number + 1))
             on_result(results[-1])

@@ -7,11 +7,11 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from cluster.result_file import STANDARD_OUTPUT, write_result
 from cluster.version import herd_version
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ def print_results(results: Sequence[DataclassInstance], out: str | None = None) 
     ("-": JSON on standard output, and no table)."""
     rows = [asdict(result) for result in results]
     document = json.dumps({"setup": _setup(), "results": rows}, indent=1)
-    if out == "-":
+    if out == STANDARD_OUTPUT:
         print(document)
         return
-    if out:
-        Path(out).write_text(document + "\n")
+    if out is not None:
+        write_result(out, document)
     flat = [_flat(row) for row in rows]
     widths = {name: max(len(name), *(len(str(row[name])) for row in flat)) for name in flat[0]}
     print("  ".join(f"{name:>{width}}" for name, width in widths.items()))

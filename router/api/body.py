@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from experts.errors import InvalidInput
+from router.api.json_values import JsonReader, refuse_unfit
 
 MAX_DEPTH = 32
 MAX_NODES = 250_000
@@ -19,17 +18,21 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_object(body: bytes | bytearray) -> dict[str, Any]:
-    """The JSON object in `body`, in UTF-8. Raises InvalidInput naming "body" and what is wrong with it.
+    """The JSON object in `body`, in UTF-8. Raises InvalidInput naming what is wrong with it, and "body" or the path of
+    the value that no field could take.
 
     Empties a bytearray: a large body should not be in memory as bytes, as text and as values.
     """
     _check_shape(body)
     has_surrogates = _SURROGATE_ESCAPE.search(body) is not None
-    document = _load(_text(body))
+    reader = JsonReader()
+    document = reader.read(_text(body))
     if not isinstance(document, dict):
         raise InvalidInput("body", document, "must be a JSON object")
     if has_surrogates:
         _check_surrogates(document)
+    if reader.found_unfit:
+        refuse_unfit(document)
     return document
 
 
@@ -80,35 +83,6 @@ def _text(body: bytes | bytearray) -> str:
     if isinstance(body, bytearray):
         body.clear()
     return text
-
-
-def _load(text: str) -> object:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded)
-    except InvalidInput:
-        raise
-    except json.JSONDecodeError as error:
-        here = error.doc[max(0, error.pos - 15) : error.pos + 15]
-        what = f"{error.msg.lower()}, line {error.lineno} column {error.colno}"
-        raise InvalidInput("body", here, f"must be valid JSON: {what}") from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidInput("body", name, "numbers must be finite")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits) if len(digits) <= 400 else math.inf
-    if not math.isfinite(value):
-        raise InvalidInput("body", digits[:40], "numbers must be finite")
-    return value
-
-
-def _bounded(digits: str) -> int:
-    # No field takes more than 64 bits; converting thousands of digits takes quadratic time.
-    if len(digits) > 20:
-        raise InvalidInput("body", digits[:40], "integers may have at most 20 characters")
-    return int(digits)
 
 
 def _check_surrogates(document: dict[str, Any]) -> None:

@@ -65,6 +65,10 @@ UNSUPPORTED_CHAT: Neutral = MappingProxyType(
         "documents": ([],),
         "echo": (False,),
         "prompt": (),
+        "suffix": ("",),
+        "prompt_embeds": (),
+        # The template writes them.
+        "add_special_tokens": (False,),
     }
 )
 
@@ -75,6 +79,13 @@ UNSUPPORTED_COMPLETION: Neutral = MappingProxyType(
         "prompt_embeds": (),
         "add_special_tokens": (True,),
         "messages": ([],),
+        "top_logprobs": (0,),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
     }
 )
 

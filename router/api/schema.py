@@ -243,6 +243,7 @@ class GenerationRequest(RequestModel):
 
     model: str
     max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
@@ -273,13 +274,20 @@ class GenerationRequest(RequestModel):
 
     @property
     def output_limit(self) -> int | None:
-        """Output tokens asked for, None if not said."""
-        return self.max_tokens
+        """Output tokens asked for, by the older name or the newer, None if not said."""
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
         """Likely tokens to report beside each chosen one; None if no log probabilities are asked for."""
         return None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> GenerationRequest:
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise InvalidInput("max_tokens", old, f"must equal max_completion_tokens, {new}, when both are set")
+        return self
 
     @model_validator(mode="after")
     def _agree(self) -> GenerationRequest:
@@ -314,13 +322,8 @@ class Conversation(RequestModel):
 class ChatCompletionRequest(Conversation, GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-
-    @property
-    def output_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
@@ -330,13 +333,6 @@ class ChatCompletionRequest(Conversation, GenerationRequest):
     def _top_of_something(self) -> ChatCompletionRequest:
         if self.top_logprobs and not self.logprobs:
             raise InvalidInput("top_logprobs", self.top_logprobs, "needs logprobs to be true")
-        return self
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> ChatCompletionRequest:
-        old, new = self.max_tokens, self.max_completion_tokens
-        if old is not None and new is not None and old != new:
-            raise InvalidInput("max_tokens", old, f"must equal max_completion_tokens, {new}, when both are set")
         return self
 
 

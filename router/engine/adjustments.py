@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from router.engine.draw import Draw
 
 _BANNED = float("-inf")
+_LEAST_PENALTY = 1e-30
+"""Smaller ones are taken as this: a logit divided by them would be infinite, and a row of those allows no token."""
 _WORD_BITS = 32
 _Ids = NDArray[np.int64]
 
@@ -36,7 +38,8 @@ def _penalise_repetition(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> None
     if not rows:
         return
     known = [np.asarray(draws[row].known, dtype=np.int64) for row in rows]
-    penalties = np.array([draws[row].sampling.repetition_penalty for row in rows], dtype=np.float32)
+    wanted = [max(draws[row].sampling.repetition_penalty, _LEAST_PENALTY) for row in rows]
+    penalties = np.array(wanted, dtype=np.float32)
     penalty = _tensor(np.repeat(penalties, [len(ids) for ids in known]), logits_RV)
     cells = _tensor(_cells(logits_RV, rows, known), logits_RV)
     flat = logits_RV.view(-1)

@@ -92,7 +92,8 @@ def test_what_is_wrong_with_a_stream_has_a_kind(data: bytes, kind: str, words: s
 
 @pytest.mark.parametrize(
     "odd",
-    [{"choices": None}, {"choices": [None]}, {"choices": [{"delta": 3}]}, {"usage": {"completion_tokens": True}}, {}],
+    [{"choices": None}, {"choices": [None]}, {"choices": [{"delta": 3}]}, {"usage": {"completion_tokens": True}}, {}]
+    + [{"usage": {"completion_tokens": count}} for count in (-1, 1e308, 10**400)],
 )
 def test_odd_events_say_nothing(odd: dict[str, object]) -> None:
     stream = read((1.0, event(**odd)), (2.0, text("a") + DONE))

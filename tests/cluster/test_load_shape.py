@@ -49,8 +49,15 @@ def made(count: int = 8, first: int = 0, vocabulary: Vocabulary = VOCABULARY, **
         ({"concurrency": 2, "request_rate": 3.0}, "concurrency"),
         ({"request_rate": 0.0}, "request-rate"),
         ({"request_rate": math.nan}, "request-rate"),
-        ({"burstiness": math.inf}, "burstiness"),
-        ({"burstiness": -1.0}, "burstiness"),
+        ({"request_rate": 1e300, "burstiness": 1.0}, "request-rate"),
+        ({"request_rate": 1e-300}, "request-rate"),
+        ({"request_rate": 1.0, "burstiness": math.inf}, "burstiness"),
+        ({"request_rate": 1.0, "burstiness": -1.0}, "burstiness"),
+        ({"request_rate": 1.0, "burstiness": 1e-300}, "burstiness"),
+        ({"burstiness": 2.0}, "burstiness"),
+        ({"max_in_flight": 2}, "max-in-flight"),
+        ({"zipf": 1e300}, "zipf"),
+        ({"timeout_s": math.inf}, "timeout-s"),
         ({"requests": 0}, "requests"),
         ({"prompt": 0}, "prompt"),
         ({"output": -5}, "output"),
@@ -98,6 +105,14 @@ def test_other_goodput_bounds_are_mistakes(text: str) -> None:
 
 
 # Arrivals
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e6])
+@pytest.mark.parametrize("burstiness", [1e-3, 1e3])
+def test_gaps_are_finite_wherever_settings_end(rate: float, burstiness: float) -> None:
+    assert load_settings({"url": URL, "request_rate": rate, "burstiness": burstiness}).request_rate == rate
+    times = arrival_times(1000, rate, burstiness, seed=3)
+    assert times == sorted(times) and math.isfinite(times[-1])
 
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])

@@ -304,6 +304,27 @@ def test_nothing_to_measure_is_said(folders: dict[str, Path], capsys: pytest.Cap
     assert "must be at least 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["engine", "--batch", "1", "--output", "9999", "--prompt", "8"], "prompt: must be at most"),
+        (["engine", "--batch", "1", "--output", "4", "--prompt", "8,9999"], "prompt: must be at most"),
+        (["loop", "--requests", "1", "--output", "9999"], "prompt: must be at most"),
+        (["loop", "--requests", "1", "--output", "1"], "output: must be at least 2"),
+        (["engine", "--json", "{tmp}/nowhere/out.json"], "json: must be a file that can be written"),
+        (["loop", "--json", "{tmp}"], "json: must be a file that can be written"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_first(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
+) -> None:
+    kind, *options = (one.replace("{tmp}", str(tmp_path)) for one in arguments)
+    transport = ["--transport", "local"] if kind == "engine" else []
+    assert main(["bench", kind, str(folders["guard"]), *transport, *options]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"herd: {problem}") and not shown.out
+
+
 def test_bench_dispatch() -> None:
     results = bench_dispatch(hidden=32, rows=(1, 5), rounds=3)
     assert [(one.rows, one.hidden) for one in results] == [(1, 32), (5, 32)]

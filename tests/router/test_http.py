@@ -503,7 +503,7 @@ def test_malformed_bodies() -> None:
     json_type = {"content-type": "application/json"}
     for content in (b"", b"{", b"\xff", b'{"a": NaN}', b"[" * 100_000):
         error = check_envelope(server.request("POST", CHAT_URL, content=content, headers=json_type), 400)
-        assert error["param"] == "body"
+        assert error["param"] == ("a" if b"NaN" in content else "body")
 
 
 @pytest.mark.parametrize("headers", [{}, {"content-type": "text/plain"}, {"content-type": "application/x-json"}])

@@ -233,6 +233,14 @@ def test_repetition_penalty_looks_at_prompt_and_output_once() -> None:
         assert sample(torch.tensor([logits]), [one]) == [2]
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e-40])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_least_repetition_penalties_leave_a_token_to_choose(penalty: float, temperature: float) -> None:
+    one = draw(temperature=temperature, repetition_penalty=penalty, known=(1, 2), num_prompt=1)
+    one.sampling.check(4)
+    assert sample(torch.tensor([[1e4, 9e3, -5.0, 0.0], [-300.0, -200.0, 0.0, 200.0]]), [one, one]) == [1, 3]
+
+
 def test_presence_and_frequency_look_at_the_output_only() -> None:
     logits = torch.tensor([[4.0, 3.5, 3.0]])
     prompt_only = draw(temperature=0.0, presence_penalty=2.0, frequency_penalty=2.0, known=(0, 0, 0), num_prompt=3)

@@ -406,7 +406,17 @@ def test_completion_fields() -> None:
     error = refused_completion(logprobs=0, echo=True)
     assert isinstance(error, Unsupported) and error.field == "logprobs" and "echo" in error.rule
     assert refused_completion(suffix="end").field == "suffix"
+    for field, value in (("tools", [{}]), ("top_logprobs", 2), ("chat_template_kwargs", {"a": 1})):
+        error = refused_completion(**{field: value})
+        assert isinstance(error, Unsupported) and error.field == field
     assert refused_completion(prompts="x").rule == "is not a field; did you mean prompt?"
+
+
+def test_either_name_of_the_limit_counts_in_both_kinds_of_request() -> None:
+    for fields in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": 5}):
+        assert parse_chat(chat(**fields)).output_limit == 5
+        assert parse_completion({"model": "m", "prompt": "x", **fields}).output_limit == 5
+    assert refused_completion(max_tokens=5, max_completion_tokens=6).field == "max_tokens"
 
 
 def test_the_number_of_choices_is_bounded() -> None:
@@ -442,11 +452,8 @@ def test_logit_bias_becomes_pairs() -> None:
         (b'{"a": 1} x', "extra data, line 1 column 10"),
         (b"[]", "must be a JSON object"),
         (b'"x"', "must be a JSON object"),
-        (b'{"a": NaN}', "must be finite"),
-        (b'{"a": -Infinity}', "must be finite"),
-        (b'{"a": 1e999}', "must be finite"),
-        (b'{"a": ' + b"1" * 21 + b"}", "at most 20 characters"),
-        (b'{"a": 0.' + b"1" * 500 + b"}", "must be finite"),
+        (b"NaN", "must be a JSON object"),
+        (b'[{"a": 1, "a": 2}]', "must be a JSON object"),
         (b'{"a": "\xff"}', "must be UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "must be UTF-8"),
         (b'{"a": "\\ud800"}', "half of a surrogate pair"),
@@ -462,6 +469,35 @@ def test_bad_bodies_are_refused(body: bytes, rule: str) -> None:
         parse_object(body)
     assert caught.value.field == "body"
     assert rule in caught.value.rule
+
+
+@pytest.mark.parametrize(
+    ("body", "path", "found", "rule"),
+    [
+        (b'{"temperature": NaN}', "temperature", "NaN", "must be finite"),
+        (b'{"a": {"b": [0, -Infinity, NaN]}}', "a.b[1]", "-Infinity", "must be finite"),
+        (b'{"a": [[{}, {"b": 1e999}]]}', "a[0][1].b", "1e999", "must be finite"),
+        (b'{"seed": ' + b"1" * 21 + b"}", "seed", "1" * 21, "at most 20 characters"),
+        (b'{"a": 0.' + b"1" * 500 + b"}", "a", "0." + "1" * 38, "must be finite"),
+        (b'{"n": 1, "n": 1}', "n", "more than one value", "must stand once"),
+        (b'{"logit_bias": {"5": 1, "7": 0, "5": 2, "7": 1}}', "logit_bias.5", "more than one value", "must stand once"),
+        (b'{"n": NaN, "n": 2}', "n", "more than one value", "must stand once"),
+        (b'{"' + b"x" * 100 + b'": {"y": NaN}}', "x" * 40 + ".y", "NaN", "must be finite"),
+    ],
+)
+def test_values_that_no_field_could_take_are_refused_by_their_path(
+    body: bytes, path: str, found: str, rule: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_object(body)
+    assert (caught.value.field, caught.value.value) == (path, found)
+    assert rule in caught.value.rule
+
+
+def test_a_number_that_is_none_under_a_broken_name_can_be_told() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_object(b'{"\\ud800": NaN}')
+    str(caught.value).encode("utf-8")
 
 
 def shape_of(body: bytes) -> tuple[int, int]:
@@ -531,8 +567,8 @@ def test_bodies_are_parsed_as_the_json_module_does(document: dict[str, Any]) -> 
     try:
         assert parse_object(body) == json.loads(body)
     except InvalidInput as error:
-        assert error.field == "body"
         assert "Infinity" in body.decode() or "\\ud" in body.decode()
+        assert error.field == "body" or "Infinity" in error.value
 
 
 _NAMES = st.sampled_from(
