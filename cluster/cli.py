@@ -171,7 +171,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     context.add_argument("--json", metavar="FILE", help="as above")
     dispatch = kinds.add_parser("dispatch", help="round trip of a block of rows, beside a bare gRPC echo")
     dispatch.set_defaults(run=_bench_dispatch)
-    dispatch.add_argument("--hidden", metavar="H", default=1024, type=int, help="width of a row (1024)")
+    dispatch.add_argument("--hidden", metavar="H,…", default="1024,5120", help="widths of a row (1024,5120)")
     dispatch.add_argument("--json", metavar="FILE", help="as above")
 
 
@@ -328,8 +328,9 @@ def _bench_context(options: argparse.Namespace) -> int:
 
 
 def _bench_dispatch(options: argparse.Namespace) -> int:
+    from cluster.config import parse_counts
     from cluster.measure.dispatch import bench_dispatch
     from cluster.measure.report import print_results
 
-    print_results(bench_dispatch(options.hidden), options.json)
+    print_results(bench_dispatch(parse_counts("hidden", options.hidden)), options.json)
     return 0
