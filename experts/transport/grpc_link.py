@@ -20,8 +20,10 @@ import torch
 from experts.errors import BadFrame, DeadlinePassed, HostLost, TransportError
 from experts.link_terms import LinkTerms
 from experts.placement import HostInfo
+from experts.tls import ROWS_RULE, Identity, is_loopback
 from experts.transport.base import Shipment, Ticket
 from experts.transport.grpc_options import METHOD, SERVICE, client_options
+from experts.transport.grpc_security import explain, open_channel
 from experts.wire.codec import (
     decode_error,
     decode_host_hello,
@@ -67,6 +69,8 @@ class LinkSetup:
     max_message_bytes: int
     max_in_flight: int
     reconnect: Reconnect
+    tls: Identity | None
+    insecure: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +166,11 @@ class Link:
 
     def _converse(self) -> bool:
         """One stream from hello to end. Whether the link was up. Raises _Refused."""
+        setup, address = self._setup, self._info.address
+        if not (setup.tls or setup.insecure or is_loopback(address.rpartition(":")[0])):
+            raise _Refused(f"its address {ROWS_RULE}")
         outbox: _Outbox = queue.SimpleQueue()
-        channel = grpc.insecure_channel(self._info.address, options=client_options(self._setup.max_message_bytes))
+        channel = open_channel(address, client_options(setup.max_message_bytes), setup.tls)
         try:
             exchange = channel.stream_stream(f"/{SERVICE}/{METHOD}", None, self._hear)
             call = exchange(self._requests(outbox))
@@ -179,7 +186,7 @@ class Link:
         except BadFrame as error:
             self._report(error.problem)
         except grpc.RpcError as error:
-            self._report(str(error.details()))
+            self._report(explain(str(error.details()), setup.tls))
         finally:
             was_up = self._end("its stream ended")
             outbox.put(None)

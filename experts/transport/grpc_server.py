@@ -16,7 +16,9 @@ import grpc
 from experts.errors import BadFrame, DeadlinePassed, InvalidInput, TransportError
 from experts.host import ExpertHost
 from experts.link_terms import LinkTerms
+from experts.tls import ROWS_RULE, Identity, is_loopback
 from experts.transport.grpc_options import METHOD, SERVICE, server_options
+from experts.transport.grpc_security import listen
 from experts.wire.codec import (
     DEFAULT_MAX_MESSAGE_BYTES,
     decode_hello,
@@ -43,13 +45,18 @@ def serve_expert_host(
     ports: range | None = None,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     max_streams: int = DEFAULT_MAX_STREAMS,
+    tls: Identity | None = None,
+    insecure: bool = False,
 ) -> ExpertHostServer:
     """Listen on address `bind` and answer shipments with `host` until `stop`.
 
     `ports`: the ports to try, in order; None lets the system choose. Raises InvalidInput when none is free.
-    `incarnation` names this life of the process. More than `max_streams` routers at a time are refused.
+    `incarnation` names this life of the process. More than `max_streams` routers at a time are refused. Without `tls`
+    only a loopback address is listened on, any with `insecure`.
     """
-    return ExpertHostServer(host, terms, incarnation, bind, ports, max_message_bytes, max_streams)
+    if tls is None and not insecure and not is_loopback(bind):
+        raise InvalidInput("host-bind", bind, ROWS_RULE)
+    return ExpertHostServer(host, terms, incarnation, bind, ports, max_message_bytes, max_streams, tls)
 
 
 class ExpertHostServer:
@@ -64,6 +71,7 @@ class ExpertHostServer:
         ports: range | None,
         max_message_bytes: int,
         max_streams: int,
+        tls: Identity | None,
     ) -> None:
         self._threads = ThreadPoolExecutor(max_streams, thread_name_prefix=f"expert-host-{host.name}")
         self._server = grpc.server(
@@ -74,7 +82,7 @@ class ExpertHostServer:
         hello = encode_host_hello(host.name, incarnation, max_message_bytes)
         self._exchange = _Exchange(host, terms, incarnation, hello)
         self._server.add_generic_rpc_handlers((_service(self._exchange),))
-        self.port = _bind(self._server, bind, ports)
+        self.port = _bind(self._server, bind, ports, tls)
         self.address = _join(bind, self.port)
         self._server.start()
 
@@ -180,10 +188,10 @@ def _service(exchange: _Exchange) -> grpc.GenericRpcHandler[bytes, bytes]:
     return grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler})
 
 
-def _bind(server: grpc.Server, bind: str, ports: range | None) -> int:
+def _bind(server: grpc.Server, bind: str, ports: range | None, tls: Identity | None) -> int:
     for port in (0,) if ports is None else ports:
         try:
-            bound = server.add_insecure_port(_join(bind, port))
+            bound = listen(server, _join(bind, port), tls)
         except RuntimeError:
             continue
         if bound:
