@@ -41,7 +41,7 @@ class Link:
         probe_interval_s: float,
         max_message_bytes: int,
         on_change: Callable[[], None],
-        tls: Identity | None,
+        tls: Identity | None = None,
     ) -> None:
         self.name = name
         self.address = address

@@ -134,11 +134,9 @@ class GrpcTransport:
             return
 
     def _take_arrivals(self) -> None:
-        while True:
-            try:
-                self._sort(self._arrived.get_nowait())
-            except queue.Empty:
-                return
+        # Nobody else takes any, so what is there stays there.
+        while not self._arrived.empty():
+            self._sort(self._arrived.get_nowait())
 
     def _sort(self, arrival: Arrival) -> None:
         """A host answers in turn, so whatever comes from a silent one ends its silence."""

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc
 import torch
@@ -49,8 +50,7 @@ class Reconnect:
     refused_s: float = 5.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arrival:
+class Arrival(NamedTuple):
     """What became of a ticket, as its link learnt it; HostLost when its stream ended."""
 
     ticket: Ticket
@@ -73,8 +73,7 @@ class LinkSetup:
     insecure: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Outgoing:
+class _Outgoing(NamedTuple):
     ticket: Ticket
     shipment: Shipment
     deadline: float
@@ -149,7 +148,7 @@ class Link:
             if len(self._in_flight) >= self._setup.max_in_flight:
                 return DeadlinePassed(self._host, f"{len(self._in_flight)} shipments are unanswered already")
             self._in_flight[ticket] = shipment.rows_TH.shape[0]
-            self._outbox.put(_Outgoing(ticket=ticket, shipment=shipment, deadline=deadline))
+            self._outbox.put(_Outgoing(ticket, shipment, deadline))
         return None
 
     def _run(self) -> None:
@@ -248,7 +247,7 @@ class Link:
             self._report(f"an answer to nothing that was asked: {told}")
             return
         outcome = self._outcome_of(frame, num_rows)
-        self._setup.arrived.put(Arrival(ticket=header.seq, host=self._host, outcome=outcome))
+        self._setup.arrived.put(Arrival(header.seq, self._host, outcome))
 
     def _outcome_of(self, frame: Frame, num_rows: int) -> Outcome:
         if frame.header.kind == Kind.ERROR:
@@ -265,7 +264,7 @@ class Link:
             self._outbox = None
             lost, self._in_flight = self._in_flight, {}
         for ticket in lost:
-            self._setup.arrived.put(Arrival(ticket=ticket, host=self._host, outcome=HostLost(self._host, reason)))
+            self._setup.arrived.put(Arrival(ticket, self._host, HostLost(self._host, reason)))
         if was_up:
             self._notify()
         return was_up
