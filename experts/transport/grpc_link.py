@@ -201,11 +201,13 @@ class Link:
     def _begin(self, call: grpc.Call) -> bool:
         """Let `close` cancel `call`; False when it came first."""
         with self._lock:
-            if self._closed.is_set():
-                call.cancel()
-                return False
-            self._call = call
-            return True
+            is_wanted = not self._closed.is_set()
+            if is_wanted:
+                self._call = call
+        if not is_wanted:
+            # Not under the lock: gRPC holds one of its own when it calls `_hear`.
+            call.cancel()
+        return is_wanted
 
     def _bring_up(self, frame: Frame, outbox: _Outbox) -> None:
         """Check the host's first message and link up. Raises _Refused and BadFrame."""
