@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +112,14 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--router-ports", metavar="A-B", help="ports that routers listen on for ingresses (any)")
     add("--control-port", metavar="PORT", help="port that the controller listens on (any)")
     add("--metrics-ports", metavar="A-B", help="ports of the processes' /metrics pages (any)")
+    _add_tls(add)
+    add("--insecure-rows", action="store_true", help="let rows travel between machines without TLS")
+
+
+def _add_tls(add: Callable[..., object]) -> None:
+    add("--tls-cert", metavar="FILE", help="certificate of the cluster's processes, in PEM (no TLS)")
+    add("--tls-key", metavar="FILE", help="its key")
+    add("--tls-ca", metavar="FILE", help="certificate of the CA that all of them have theirs from")
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +132,7 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_status)
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--control", metavar="ADDRESS", help="the controller's ip:port (default: the newest that runs)")
+    _add_tls(parser.add_argument)
 
 
 def _add_make_tiny(parser: argparse.ArgumentParser) -> None:
@@ -172,7 +181,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     context.add_argument("--json", metavar="FILE", help="as above")
     dispatch = kinds.add_parser("dispatch", help="round trip of a block of rows, beside a bare gRPC echo")
     dispatch.set_defaults(run=_bench_dispatch)
-    dispatch.add_argument("--hidden", metavar="H", default=1024, type=int, help="width of a row (1024)")
+    dispatch.add_argument("--hidden", metavar="H,…", default="1024,5120", help="widths of a row (1024,5120)")
     dispatch.add_argument("--json", metavar="FILE", help="as above")
 
 
@@ -246,11 +255,12 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _serve_until(signals: Signals, options: argparse.Namespace) -> int:
     from cluster.config import parse_settings
-    from cluster.preflight import check_model, check_port_is_free, check_ray_answers
+    from cluster.preflight import check_identity, check_model, check_port_is_free, check_ray_answers
     from cluster.run_file import state_dirs
 
     given = {name: value for name, value in vars(options).items() if name != "run"}
     settings = parse_settings(given)
+    check_identity(settings)
     check_model(settings)
     signals.check()
     if settings.ray_address is None:
@@ -277,7 +287,8 @@ def _status(options: argparse.Namespace) -> int:
     from cluster.run_file import state_dirs
     from cluster.show import as_json, as_text, find_status
 
-    status = find_status(options.control, state_dirs(os.environ))
+    files = (options.tls_cert or "", options.tls_key or "", options.tls_ca or "")
+    status = find_status(options.control, state_dirs(os.environ), files)
     print(json.dumps(as_json(status), indent=2) if options.json else as_text(status))
     return 0
 
@@ -358,10 +369,11 @@ def _bench_context(options: argparse.Namespace) -> int:
 
 
 def _bench_dispatch(options: argparse.Namespace) -> int:
+    from cluster.config import parse_counts
     from cluster.measure.dispatch import bench_dispatch
     from cluster.measure.report import print_results
     from cluster.result_file import check_result_file
 
     check_result_file(options.json)
-    print_results(bench_dispatch(options.hidden), options.json)
+    print_results(bench_dispatch(parse_counts("hidden", options.hidden)), options.json)
     return 0

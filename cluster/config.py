@@ -12,9 +12,12 @@ from typing import Any
 
 from experts.config import DTYPES
 from experts.errors import InvalidInput
+from experts.tls import ALL_THREE_RULE, ROWS_RULE, Identity, is_loopback, load_identity
 
+LOOPBACK = "127.0.0.1"
 TRANSPORTS = ("grpc", "local")
 DEVICES = ("cpu", "cuda")
+TLS_FILES = ("tls_cert", "tls_key", "tls_ca")
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?)(i?B)?", re.IGNORECASE)
 _PORTS = re.compile(r"(\d{1,5})(?:\s*-\s*(\d{1,5}))?")
@@ -32,7 +35,9 @@ class ServeSettings:
     `decode_stretch` bounds how many times as long a step of running streams gets by prompts beside it.
     `deterministic` makes answers the same bits whatever the batch, the hosts and the transport, and slower.
     `node_address` is where everything else listens; empty: what Ray calls the node. `state_dir` is the folder of
-    run file and journal on the controller's machine.
+    run file and journal on the controller's machine. `tls_cert`, `tls_key` and `tls_ca` are PEM files, the same paths
+    on every node, by which the processes know each other; without them rows stay on loopback addresses, unless
+    `insecure_rows` lets them travel as they are.
     """
 
     model_dir: Path
@@ -65,6 +70,10 @@ class ServeSettings:
     name: str = "herd"
     state_dir: str = ""
     node_address: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
+    insecure_rows: bool = False
 
     def __post_init__(self) -> None:
         _between("hosts", self.hosts, 1, 4096)
@@ -89,6 +98,19 @@ class ServeSettings:
         if not _NAME.fullmatch(self.name):
             raise InvalidInput("name", self.name, "must be letters, digits, '.', '_' or '-', at most 41")
         self._check_ports()
+        for name in TLS_FILES:
+            if self.has_tls and not getattr(self, name):
+                raise InvalidInput(name.replace("_", "-"), "", ALL_THREE_RULE)
+        self.check_rows_on(self.node_address or LOOPBACK)
+
+    def check_rows_on(self, node_address: str) -> None:
+        """Raises InvalidInput when rows would leave or reach hosts on the node of that address unguarded."""
+        if not self.host_names or self.has_tls or self.insecure_rows:
+            return
+        given = "node-address" if self.node_address else "ray-address"
+        for field, address in (("host-bind", self.host_bind), ("host-advertise", self.advertised()[0])):
+            if not is_loopback(address or node_address):
+                raise InvalidInput(field if address else given, address or node_address, ROWS_RULE)
 
     def _check_ports(self) -> None:
         if self.host_ports is not None:
@@ -105,6 +127,11 @@ class ServeSettings:
         return self.served_model_name or self.model_dir.name
 
     @property
+    def has_tls(self) -> bool:
+        """Whether the processes of the cluster prove to each other who they are."""
+        return bool(self.tls_cert or self.tls_key or self.tls_ca)
+
+    @property
     def host_names(self) -> tuple[str, ...]:
         """The names of the hosts; none where routers compute experts themselves."""
         return tuple(f"host-{index}" for index in range(self.hosts)) if self.transport == "grpc" else ()
@@ -116,9 +143,23 @@ class ServeSettings:
             return self.host_advertise, None
         return address, parse_ports("host-advertise", ports)
 
+    def identity(self) -> Identity | None:
+        """What the TLS files hold, read now; None without them. Raises InvalidInput."""
+        return load_identity(self.tls_cert, self.tls_key, self.tls_ca)
+
     def digest(self) -> str:
         """Names what shapes the cluster's hosts: processes of settings with other digests do not fit together."""
-        shaping = ("model_dir", "hosts", "replicas", "transport", "dtype", "device", "deterministic", "name")
+        shaping = (
+            "model_dir",
+            "hosts",
+            "replicas",
+            "transport",
+            "dtype",
+            "device",
+            "deterministic",
+            "name",
+            *TLS_FILES,
+        )
         chosen = {field: value for field, value in asdict(self).items() if field in shaping}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -207,6 +248,14 @@ def _folder(field: str, value: object) -> Path:
     return Path(text).absolute()
 
 
+def _file(field: str, value: object) -> str:
+    """Absolute, because the cluster's processes have other working folders."""
+    text = str(value) if isinstance(value, Path) else _text(field, value)
+    if "\0" in text:
+        raise InvalidInput(field, value, "must name a file")
+    return str(Path(text).absolute()) if text else ""
+
+
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
     **dict.fromkeys(
         ("hosts", "replicas", "routers", "ingresses", "port", "control_port", "max_model_len"),
@@ -218,6 +267,8 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "model_dir": _folder,
     "kv_memory": parse_size,
     "prefix_cache": _flag,
+    **dict.fromkeys(TLS_FILES, _file),
+    "insecure_rows": _flag,
     "request_timeout_s": _number,
     "decode_stretch": _number,
 }

@@ -37,7 +37,7 @@ class ControllerProcess:
             fresh=Journal(digest=settings.digest(), target=plan_target(settings)),
             hosts=settings.host_names,
             executor=executor,
-            listener=Listener(bind=bind, advertise=node, port=settings.control_port),
+            listener=Listener(bind=bind, advertise=node, port=settings.control_port, tls=settings.identity()),
             node=node,
         )
         self._metrics: MetricsPage | None = None
@@ -51,7 +51,15 @@ class ControllerProcess:
         self.server.set_metrics_address(self._metrics.address)
         write_run_file(
             self._run_file,
-            RunFile(name=self._settings.name, control=address, pid=os.getpid(), http=http_url(self._settings)),
+            RunFile(
+                name=self._settings.name,
+                control=address,
+                pid=os.getpid(),
+                http=http_url(self._settings),
+                tls_cert=self._settings.tls_cert,
+                tls_key=self._settings.tls_key,
+                tls_ca=self._settings.tls_ca,
+            ),
         )
         return address
 

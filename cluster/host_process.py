@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -17,7 +18,7 @@ from cluster.config import ServeSettings
 from cluster.local import choose_device, choose_products, open_model
 from cluster.metrics import HostNumbers, MetricsPage, host_families
 from cluster.topology import Role, advertised_host, needs
-from experts.errors import HerdError
+from experts.errors import HerdError, InvalidInput
 from experts.grpc_control import HostLink
 from experts.host import ExpertHost
 from experts.placement import ExpertKey
@@ -54,8 +55,16 @@ class HostProcess:
         self.host = ExpertHost(name, model.store(choose_device(settings)), choose_products(model, settings))
         self.incarnation = time.time_ns()
         bind = settings.host_bind or bind
+        settings.check_rows_on(node)
+        identity = settings.identity()
         self.server = serve_expert_host(
-            self.host, terms=model.terms(), incarnation=self.incarnation, bind=bind, ports=settings.host_ports
+            self.host,
+            terms=model.terms(),
+            incarnation=self.incarnation,
+            bind=bind,
+            ports=settings.host_ports,
+            tls=identity,
+            insecure=settings.insecure_rows,
         )
         self.address = advertised_host(settings, node, self.server.port)
         self.metrics = MetricsPage(lambda: host_families(self.numbers()), bind=bind, ports=settings.metrics_ports)
@@ -67,7 +76,7 @@ class HostProcess:
         self._order: HostOrder | None = None
         self._ordered = threading.Condition()
         self._stopping = threading.Event()
-        self.link = HostLink(resolve=resolve, report=self.report, on_order=self._take)
+        self.link = HostLink(resolve=resolve, report=self.report, on_order=self._take, tls=identity)
         self._threads = [
             threading.Thread(target=self._work, name="host-loader", daemon=True),
             threading.Thread(target=self._watch, name="host-watch", daemon=True),
@@ -162,14 +171,20 @@ class HostProcess:
                 return
 
 
-def tell_failure(name: str, *, node: str, resolve: Callable[[], str], problem: str, for_s: float) -> None:
+def tell_failure(
+    settings: ServeSettings, name: str, *, node: str, resolve: Callable[[], str], problem: str, for_s: float
+) -> None:
     """Tell the controller for `for_s` seconds why this host could not even begin."""
     incarnation = time.time_ns()
 
     def report() -> HostReport:
         return HostReport(name=name, incarnation=incarnation, node=node, pid=os.getpid(), problem=problem)
 
-    link = HostLink(resolve=resolve, report=report, on_order=lambda order: None)
+    # Without an identity nobody listens to us, and the log has told why.
+    tls = None
+    with suppress(InvalidInput):
+        tls = settings.identity()
+    link = HostLink(resolve=resolve, report=report, on_order=lambda order: None, tls=tls)
     link.start()
     time.sleep(for_s)
     link.close()

@@ -22,6 +22,7 @@ from experts.grpc_control import MemberLink
 from experts.model_files import read_json
 from experts.placement import ClusterView
 from experts.reports import MemberKind, MemberReport
+from experts.tls import Identity
 from router.allocator import return_large_blocks
 from router.api.backend import EventStream
 from router.api.defaults import ServingDefaults
@@ -64,8 +65,9 @@ class IngressProcess:
     ) -> None:
         return_large_blocks()
         self.name = name
-        self.backend = ClusterBackend(settings)
-        self.link = MemberLink(resolve=resolve, report=self.report, on_view=self.backend.use)
+        identity = settings.identity()
+        self.backend = ClusterBackend(settings, identity)
+        self.link = MemberLink(resolve=resolve, report=self.report, on_view=self.backend.use, tls=identity)
         tokenizer = Tokenizer.from_folder(settings.model_dir)
         self.vision = Vision.from_folder(settings.model_dir, self.backend.config, tokenizer.special_ids)
         self.app = CountingApp(_http_app(settings, self.backend, tokenizer, self.vision, version))
@@ -114,10 +116,10 @@ class IngressProcess:
 class ClusterBackend:
     """All routers of the cluster view as one. The view is set from the control link's thread."""
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, identity: Identity | None = None) -> None:
         self.config = load_config(settings.model_dir)
         hosted = settings.transport == "grpc"
-        self.pool = RouterPool(image_rules=image_rules(self.config))
+        self.pool = RouterPool(image_rules=image_rules(self.config), tls=identity)
         self._num_experts = len(self.config.moe_layers) * self.config.num_experts if hosted else 0
         self._view = ClusterView()
 

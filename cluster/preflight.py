@@ -35,10 +35,16 @@ def check_ray_answers(settings: ServeSettings) -> None:
         return
     if not host or "/" in host or not port.isdigit():
         raise InvalidInput("ray-address", address, "must be auto or ip:port")
+    settings.check_rows_on(settings.node_address or host)
     try:
         socket.create_connection((host, int(port)), timeout=5.0).close()
     except (OSError, OverflowError):
         raise InvalidInput("ray-address", address, "must be the address of a running Ray cluster") from None
+
+
+def check_identity(settings: ServeSettings) -> None:
+    """Raises InvalidInput when the processes of the cluster would refuse each other."""
+    settings.identity()
 
 
 def check_port_is_free(settings: ServeSettings) -> None:

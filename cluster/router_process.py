@@ -36,12 +36,13 @@ class RouterProcess:
         torch.set_num_threads(needs(settings, Role.ROUTER).threads)
         self.name = name
         self.model = open_model(settings.model_dir, settings.dtype)
+        self._identity = settings.identity()
         self.experts = self._experts(settings)
         available = self.experts.available if isinstance(self.experts, RemoteExperts) else _always
         at_hand = self.experts.stacked if isinstance(self.experts, LocalExperts) else None
         self.engine = build_engine(self.model, settings, self.experts, available, at_hand=at_hand)
-        self.server = RouterServer(self.engine, bind=bind, ports=settings.router_ports)
-        self.link = MemberLink(resolve=resolve, report=self.report, on_view=self._use)
+        self.server = RouterServer(self.engine, bind=bind, ports=settings.router_ports, tls=self._identity)
+        self.link = MemberLink(resolve=resolve, report=self.report, on_view=self._use, tls=self._identity)
         self.metrics = MetricsPage(lambda: router_families(self.numbers()), bind=bind, ports=settings.metrics_ports)
         self._node = node
         self._incarnation = time.time_ns()
@@ -50,7 +51,13 @@ class RouterProcess:
         if settings.transport == "local":
             return load_local_experts(self.model, settings)
         return RemoteExperts(
-            GrpcTransport(router_name=self.name, terms=self.model.terms(), on_change=lambda: self.engine.wake())
+            GrpcTransport(
+                router_name=self.name,
+                terms=self.model.terms(),
+                on_change=lambda: self.engine.wake(),
+                tls=self._identity,
+                insecure=settings.insecure_rows,
+            )
         )
 
     def start(self) -> None:

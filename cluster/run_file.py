@@ -13,18 +13,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from experts.errors import InvalidInput
+from experts.tls import Identity, load_identity
 
 RUNTIME_VARIABLE = "XDG_RUNTIME_DIR"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFile:
-    """What a run file says: the cluster's name, the controller's address and pid, and the URL that it serves."""
+    """What a run file says: the cluster's name, the controller's address and pid, the URL that it serves, and where
+    certificate, key and CA lie that the controller wants to see."""
 
     name: str
     control: str
     pid: int
     http: str
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
+
+    def identity(self) -> Identity | None:
+        """Raises InvalidInput when the files cannot be used."""
+        return load_identity(self.tls_cert, self.tls_key, self.tls_ca)
 
 
 def state_dirs(environment: Mapping[str, str]) -> tuple[Path, ...]:
@@ -72,7 +81,8 @@ def read_run_files(folders: tuple[Path, ...]) -> Iterator[RunFile]:
 def _read(path: Path) -> RunFile | None:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return RunFile(name=str(raw["name"]), control=str(raw["control"]), pid=int(raw["pid"]), http=str(raw["http"]))
+        names = ("name", "control", "http", *(name for name in ("tls_cert", "tls_key", "tls_ca") if name in raw))
+        return RunFile(pid=int(raw["pid"]), **{name: str(raw[name]) for name in names})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -13,24 +13,29 @@ from cluster.run_file import read_run_files
 from experts.errors import ControllerUnreachable
 from experts.grpc_control import fetch_status
 from experts.reports import ClusterStatus
+from experts.tls import load_identity
 
 TIMEOUT_S = 3.0
 RESTART_S = 4.0
 """A controller that was killed is back within this."""
 
 
-def find_status(control: str | None, folders: tuple[Path, ...]) -> ClusterStatus:
+def find_status(
+    control: str | None, folders: tuple[Path, ...], tls_files: tuple[str, str, str] = ("", "", "")
+) -> ClusterStatus:
     """Ask the controller at `control`, or the one of the newest run file in `folders` that answers.
 
-    Raises ControllerUnreachable.
+    `tls_files`: certificate, key and CA; empty: those that the run file names. Raises ControllerUnreachable and
+    InvalidInput.
     """
+    identity = load_identity(*tls_files)
     if control:
-        return fetch_status(control, TIMEOUT_S)
+        return fetch_status(control, TIMEOUT_S, identity)
     end = time.monotonic() + RESTART_S
     while files := list(read_run_files(folders)):
         for file in files:
             with contextlib.suppress(ControllerUnreachable):
-                return fetch_status(file.control, TIMEOUT_S)
+                return fetch_status(file.control, TIMEOUT_S, identity or file.identity())
         if time.monotonic() > end:
             break
         time.sleep(0.2)

@@ -11,7 +11,9 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).parent.parent
 USERS = {"expert": "experts/wire", "control": "experts/wire", "router": "router/wire"}
-ENDINGS = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
+ENDINGS = {"python": "_pb2.py", "pyi": "_pb2.pyi", "grpc_python": "_pb2_grpc.py"}
+MESSAGES = ("python", "pyi")
+KINDS = {"expert": MESSAGES, "control": (*MESSAGES, "grpc_python"), "router": (*MESSAGES, "grpc_python")}
 
 
 def generate(out: Path) -> None:
@@ -20,7 +22,7 @@ def generate(out: Path) -> None:
         arguments = [
             f"-I{folder}={ROOT / 'proto'}",
             f"-I{resources.files('grpc_tools') / '_proto'}",
-            *(f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")),
+            *(f"--{kind}_out={out}" for kind in KINDS[name]),
             f"{folder}/{name}.proto",
         ]
         if protoc.main(["protoc", *arguments]) != 0:
@@ -31,7 +33,7 @@ def differing() -> list[str]:
     """Names of committed stubs that are missing or not what proto/ generates."""
     with tempfile.TemporaryDirectory() as fresh:
         generate(Path(fresh))
-        stubs = [f"{folder}/{name}{ending}" for name, folder in USERS.items() for ending in ENDINGS]
+        stubs = [f"{folder}/{name}{ENDINGS[kind]}" for name, folder in USERS.items() for kind in KINDS[name]]
         return [stub for stub in stubs if _read(ROOT / stub) != _read(Path(fresh) / stub)]
 
 

@@ -19,7 +19,9 @@ import grpc
 from experts.errors import ControllerUnreachable, HerdError
 from experts.placement import ClusterView
 from experts.reports import ClusterStatus, HostOrder, HostReport, MemberReport
+from experts.tls import Identity
 from experts.transport.grpc_options import client_options
+from experts.transport.grpc_security import explain, open_channel
 from experts.wire import control_pb2 as pb
 from experts.wire.control_pb2_grpc import ControlServiceStub
 from experts.wire.view import (
@@ -47,8 +49,9 @@ class ControlLink(ABC):
     a controller that came back elsewhere is found.
     """
 
-    def __init__(self, name: str, resolve: Callable[[], str]) -> None:
+    def __init__(self, name: str, resolve: Callable[[], str], tls: Identity | None) -> None:
         self._resolve = resolve
+        self._tls = tls
         self._closed = threading.Event()
         self._poked = threading.Event()
         self._lock = threading.Lock()
@@ -114,7 +117,7 @@ class ControlLink(ABC):
     def _attend(self, address: str) -> None:
         """Hold one connection until it ends."""
         outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        with grpc.insecure_channel(address, options=client_options(MAX_MESSAGE_BYTES)) as channel:
+        with open_channel(address, client_options(MAX_MESSAGE_BYTES), self._tls) as channel:
             call = self.open(ControlServiceStub(channel), _until_none(outbox))
             with self._lock:
                 self._outbox, self._call, self._tried_at = outbox, call, time.monotonic()
@@ -168,11 +171,12 @@ class MemberLink(ControlLink):
         resolve: Callable[[], str],
         report: Callable[[], MemberReport],
         on_view: Callable[[ClusterView], None],
+        tls: Identity | None = None,
     ) -> None:
         self._make_report = report
         self._on_view = on_view
         self._view = ClusterView()
-        super().__init__("member", resolve)
+        super().__init__("member", resolve, tls)
 
     @property
     def view(self) -> ClusterView:
@@ -207,10 +211,11 @@ class HostLink(ControlLink):
         resolve: Callable[[], str],
         report: Callable[[], HostReport],
         on_order: Callable[[HostOrder], None],
+        tls: Identity | None = None,
     ) -> None:
         self._make_report = report
         self._on_order = on_order
-        super().__init__("host", resolve)
+        super().__init__("host", resolve, tls)
 
     def open(self, stub: Any, reports: Iterator[pb.HostReport]) -> Any:
         return stub.AttendHost(reports)
@@ -224,28 +229,33 @@ class HostLink(ControlLink):
             self._on_order(order)
 
 
-def fetch_status(address: str, timeout_s: float = 5.0) -> ClusterStatus:
+def fetch_status(address: str, timeout_s: float = 5.0, tls: Identity | None = None) -> ClusterStatus:
     """All that the controller at `address` knows. Raises ControllerUnreachable."""
-    return status_from_wire(_ask(address, "Status", pb.StatusRequest(), timeout_s))
+    return status_from_wire(_ask(address, "Status", pb.StatusRequest(), timeout_s, tls))
 
 
-def ask_drain(address: str, timeout_s: float = 5.0) -> None:
+def ask_drain(address: str, timeout_s: float = 5.0, tls: Identity | None = None) -> None:
     """Tell the whole cluster to take no new requests. Raises ControllerUnreachable."""
-    _ask(address, "Drain", pb.DrainRequest(), timeout_s)
+    _ask(address, "Drain", pb.DrainRequest(), timeout_s, tls)
 
 
-def ask_shutdown(address: str, timeout_s: float = 5.0) -> None:
+def ask_shutdown(address: str, timeout_s: float = 5.0, tls: Identity | None = None) -> None:
     """End all hosts and the controller, for good. Raises ControllerUnreachable."""
-    _ask(address, "Shutdown", pb.ShutdownRequest(), timeout_s)
+    _ask(address, "Shutdown", pb.ShutdownRequest(), timeout_s, tls)
 
 
-def _ask(address: str, method: str, request: Any, timeout_s: float) -> Any:
-    with grpc.insecure_channel(address, options=client_options(MAX_MESSAGE_BYTES)) as channel:
+def _ask(address: str, method: str, request: Any, timeout_s: float, tls: Identity | None) -> Any:
+    with open_channel(address, client_options(MAX_MESSAGE_BYTES), tls) as channel:
         try:
             return getattr(ControlServiceStub(channel), method)(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            code = error.code() if isinstance(error, grpc.Call) else None
-            raise ControllerUnreachable(address, code.name if code else "no answer") from None
+            raise ControllerUnreachable(address, _problem(error, tls)) from None
+
+
+def _problem(error: grpc.RpcError, tls: Identity | None) -> str:
+    if not isinstance(error, grpc.Call):
+        return "no answer"
+    return explain(f"{error.code().name}: {error.details()}", tls)
 
 
 def _until_none(outbox: queue.SimpleQueue[Any]) -> Iterator[Any]:

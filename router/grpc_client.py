@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from experts.errors import InvalidInput
 from experts.placement import RouterInfo
+from experts.tls import Identity
 from router.affinity import affinity_key
 from router.engine.images import ImageInput, ImageRules
 from router.engine.request import Event, SamplingParams
@@ -60,6 +61,7 @@ class RouterPool:
         probe_interval_s: float = 0.25,
         expiry_grace_s: float = 1.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        tls: Identity | None = None,
     ) -> None:
         self._policy = policy or ResumePolicy()
         self._image_rules = image_rules
@@ -67,6 +69,7 @@ class RouterPool:
         self._probe_interval_s = probe_interval_s
         self._expiry_grace_s = expiry_grace_s
         self._max_message_bytes = max_message_bytes
+        self._tls = tls
         self._lock = threading.Lock()
         self._view: Mapping[str, RouterInfo] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -217,6 +220,7 @@ class RouterPool:
             probe_interval_s=self._probe_interval_s,
             max_message_bytes=self._max_message_bytes,
             on_change=self._notify,
+            tls=self._tls,
         )
 
     def _notify(self) -> None:

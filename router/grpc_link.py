@@ -10,6 +10,9 @@ from typing import Any
 import grpc
 
 from experts.errors import InvalidInput, Overloaded
+from experts.tls import Identity
+from experts.transport.grpc_options import RECONNECT
+from experts.transport.grpc_security import open_aio_channel
 from router.patience import Patience
 from router.resume import Broken, Expired, Received, Refused, ResumeEvent
 from router.wire import router_pb2 as pb
@@ -38,6 +41,7 @@ class Link:
         probe_interval_s: float,
         max_message_bytes: int,
         on_change: Callable[[], None],
+        tls: Identity | None = None,
     ) -> None:
         self.name = name
         self.address = address
@@ -48,7 +52,7 @@ class Link:
         self._patience = Patience(silence_s)
         self._probe_interval_s = probe_interval_s
         self._on_change = on_change
-        self._channel = grpc.aio.insecure_channel(address, options=_options(max_message_bytes))
+        self._channel = open_aio_channel(address, _options(max_message_bytes), tls)
         self._stub: Any = router_pb2_grpc.RouterServiceStub(self._channel)
         self._calls: set[Call] = set()
         self._heard_at = self._loop.time()
@@ -199,9 +203,7 @@ def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         # A restarted router is found again within a second.
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 1000),
+        *RECONNECT,
         # Links between our own processes: no proxy of the environment, no state shared with other channels.
         ("grpc.enable_http_proxy", 0),
         ("grpc.use_local_subchannel_pool", 1),

@@ -18,6 +18,8 @@ from typing import Any, NoReturn, Protocol
 import grpc
 
 from experts.errors import InvalidInput, Overloaded, RouterLost
+from experts.tls import Identity
+from experts.transport.grpc_security import listen
 from router.engine.images import ImageInput
 from router.engine.request import Event, FinishEvent, SamplingParams
 from router.wire import router_pb2 as pb
@@ -90,6 +92,7 @@ class RouterServer:
         max_streams: int = 1024,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         beat_s: float = BEAT_S,
+        tls: Identity | None = None,
     ) -> None:
         self._engine = engine
         self._bind = bind
@@ -97,6 +100,7 @@ class RouterServer:
         self._max_streams = max_streams
         self._max_message_bytes = max_message_bytes
         self._beat_s = beat_s
+        self._tls = tls
         self._thread = threading.Thread(target=self._run, name="router-listener", daemon=True)
         self._started: Future[int] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -156,7 +160,7 @@ class RouterServer:
         for port in self._ports if self._ports is not None else (0,):
             # grpc says no more than that it failed, and why goes to its log.
             with suppress(RuntimeError):
-                return server.add_insecure_port(_join(self._bind, port))
+                return listen(server, _join(self._bind, port), self._tls)
         wanted = f"{self._ports.start}-{self._ports.stop - 1}" if self._ports is not None else "any"
         raise InvalidInput("ports", wanted, f"one of them must be free on {self._bind}, an address of this machine")
 

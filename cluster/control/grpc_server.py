@@ -42,7 +42,9 @@ from cluster.control.status import status_of
 from experts.errors import InvalidInput
 from experts.grpc_control import MAX_MESSAGE_BYTES
 from experts.reports import ClusterStatus, ControllerInfo
+from experts.tls import Identity
 from experts.transport.grpc_options import server_options
+from experts.transport.grpc_security import listen
 from experts.wire import control_pb2 as pb
 from experts.wire.control_pb2_grpc import ControlServiceServicer, add_ControlServiceServicer_to_server
 from experts.wire.view import (
@@ -76,11 +78,12 @@ class Executor(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Listener:
-    """Where to listen and what to tell others. `port` 0: the port of the last life, or any free one."""
+    """Where to listen, as whom, and what to tell others. `port` 0: the port of the last life, or any free one."""
 
     bind: str = "127.0.0.1"
     advertise: str = "127.0.0.1"
     port: int = 0
+    tls: Identity | None = None
 
 
 class ControlServer:
@@ -174,7 +177,7 @@ class ControlServer:
         wanted = self._listener.port
         for port in [wanted] if wanted else [self._journal.port, 0]:
             try:
-                return server.add_insecure_port(f"{self._listener.bind}:{port}")
+                return listen(server, f"{self._listener.bind}:{port}", self._listener.tls)
             except RuntimeError:
                 log.warning("port %d of %s cannot be bound", port, self._listener.bind)
         raise InvalidInput("control-port", wanted, f"must be free to bind on {self._listener.bind}")

@@ -115,7 +115,7 @@ def _local_parts(url: str, state_dirs: Sequence[Path]) -> tuple[Part, ...]:
     found = [file for file in read_run_files(tuple(state_dirs)) if urlsplit(file.http).port == here.port]
     for file in found * STATUS_TRIES:
         with suppress(ControllerUnreachable):
-            return parts_of(fetch_status(file.control, TIMEOUT_S))
+            return parts_of(fetch_status(file.control, TIMEOUT_S, file.identity()))
     return ()
 
 

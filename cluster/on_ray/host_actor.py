@@ -52,7 +52,7 @@ class HostActor:
         except Exception as error:
             log.exception("host %s cannot begin", self._name)
             problem = str(error) if isinstance(error, HerdError) else f"{type(error).__name__}: see the host's log"
-            tell_failure(self._name, node=node, resolve=resolve, problem=problem, for_s=RETRY_AFTER_S)
+            tell_failure(self._settings, self._name, node=node, resolve=resolve, problem=problem, for_s=RETRY_AFTER_S)
             # Ray starts it again, and with luck the folder is mounted or the port is free by then.
             os._exit(1)
 

@@ -101,6 +101,7 @@ class Launcher:
         self.forced = False
         """A thread hangs in Ray, which would keep the interpreter from ending or crash it on the way."""
         self._find = ControllerFinder(settings)
+        self._tls = settings.identity()
         self._own_serve = True
         self._is_ours = True
         """What has our name is ours to take down."""
@@ -112,6 +113,7 @@ class Launcher:
             self._say(f"starting Ray{'' if self._settings.ray_address is None else ' (joining)'}")
             self._ray.start()
             signals.install()
+            self._check_nodes()
             self._session = ray.get_runtime_context().get_session_name()
             self._start(signals)
             self._say(f"ready at {http_url(self._settings)} (model {self._settings.model_name}); Ctrl-C ends it")
@@ -162,6 +164,12 @@ class Launcher:
             return "loading experts", status.replicas_held, status.replicas_wanted
         return "starting routers", _num_ready(status), self._settings.routers
 
+    def _check_nodes(self) -> None:
+        """Raises InvalidInput when rows would travel unguarded between the nodes that are there by now."""
+        addresses = [str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
+        for address in [self._settings.node_address] if self._settings.node_address else addresses:
+            self._settings.check_rows_on(address)
+
     def _check_name(self) -> None:
         """A cluster of this name that runs here already would be replaced, hosts and all."""
         name = self._settings.name
@@ -206,7 +214,7 @@ class Launcher:
     def _status(self) -> ClusterStatus | None:
         """The controller's status; None while it is away."""
         try:
-            return fetch_status(self._find())
+            return fetch_status(self._find(), tls=self._tls)
         except ControllerUnreachable:
             return None
 
@@ -216,10 +224,10 @@ class Launcher:
         if not self._ray.has_head():
             return
         with contextlib.suppress(ControllerUnreachable):
-            ask_drain(self._find())
+            ask_drain(self._find(), tls=self._tls)
             time.sleep(REPORTS_ARE_FRESH_S)
             while time.monotonic() < end:
-                routers = fetch_status(self._find()).routers
+                routers = fetch_status(self._find(), tls=self._tls).routers
                 if not any(router.running or router.waiting for router in routers):
                     return
                 time.sleep(POLL_S)
@@ -261,9 +269,9 @@ class Launcher:
         end = time.monotonic() + LAST_WORDS_S
         with contextlib.suppress(ControllerUnreachable):
             address = self._find()
-            ask_shutdown(address)
+            ask_shutdown(address, tls=self._tls)
             while time.monotonic() < end:
-                fetch_status(address, timeout_s=1.0)
+                fetch_status(address, timeout_s=1.0, tls=self._tls)
                 time.sleep(0.1)
 
     def _remove_files(self) -> None:

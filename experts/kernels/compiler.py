@@ -15,7 +15,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ HEADER = Path(__file__).with_name("vector.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 TIMEOUT_S = 60.0
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"})
-"""What our C files ask of a CPU."""
+"""What most of our C files ask of a CPU."""
 DRAFT, STALE_S = ".draft", 10 * TIMEOUT_S
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -35,14 +35,21 @@ POINTER, NUMBER, REAL, THREADS = ctypes.c_void_p, ctypes.c_long, ctypes.c_float,
 
 
 def load(
-    source: Path, *, flags: Sequence[str] = FLAGS, cache_dir: Path | None = None, compiler: str = "cc"
+    source: Path,
+    *,
+    flags: Sequence[str] = FLAGS,
+    cache_dir: Path | None = None,
+    compiler: str = "cc",
+    needed: Set[str] = NEEDED,
 ) -> ctypes.CDLL | None:
     """The library made of `source`; None, with the reason in the log, where it cannot be had.
 
-    Without a `cache_dir` it is kept in the user's cache folder, or in one of the user's among the temporary files.
+    `needed` is what the CPU must be able to do, as Linux names it. Without a `cache_dir` the library is kept in the
+    user's cache folder, or in one of the user's among the temporary files.
     """
-    if not cpu_flags() >= NEEDED:
-        log.info("%s is not used: this CPU lacks AVX512-BF16", source.name)
+    missing = needed - cpu_flags()
+    if missing:
+        log.info("%s is not used: this CPU lacks %s", source.name, ", ".join(sorted(missing)))
         return None
     try:
         name = f"{source.stem}-{_fingerprint(source, flags, compiler)}.so"
@@ -51,7 +58,7 @@ def load(
             _compile(source, library, (compiler, *flags))
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("%s is not used, torch computes instead: %s", source.name, _reason(error))
+        log.warning("%s is not used, it is done without: %s", source.name, _reason(error))
         return None
 
 

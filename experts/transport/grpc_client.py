@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from experts.errors import DeadlinePassed, HostLost, TransportError
 from experts.link_terms import LinkTerms
 from experts.placement import HostInfo
+from experts.tls import Identity
 from experts.transport.base import Shipment, Ticket
 from experts.transport.grpc_link import Arrival, Link, LinkSetup, Outcome, Reconnect
 from experts.wire.codec import DEFAULT_MAX_MESSAGE_BYTES
@@ -29,7 +30,8 @@ class GrpcTransport:
     with growing pauses, as long as `connect` names the host. `on_change` is called, from any thread, after `linked()`
     changed. A link carries at most `max_in_flight` unanswered shipments: a further one fails at once with
     DeadlinePassed, because a host that far behind is as suspect as one that misses a deadline (and shows up in
-    `revived()` in the same way). The rows of a shipment must not change after `send`.
+    `revived()` in the same way). The rows of a shipment must not change after `send`. Without `tls` only hosts at
+    loopback addresses are linked, all with `insecure`.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class GrpcTransport:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         max_in_flight: int = 64,
         reconnect: Reconnect | None = None,
+        tls: Identity | None = None,
+        insecure: bool = False,
     ) -> None:
         self._arrived: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._setup = LinkSetup(
@@ -51,6 +55,8 @@ class GrpcTransport:
             max_message_bytes=max_message_bytes,
             max_in_flight=max_in_flight,
             reconnect=reconnect or Reconnect(),
+            tls=tls,
+            insecure=insecure,
         )
         # Replaced, never changed, so that it can be read without the lock.
         self._links: Mapping[str, Link] = {}
@@ -128,11 +134,9 @@ class GrpcTransport:
             return
 
     def _take_arrivals(self) -> None:
-        while True:
-            try:
-                self._sort(self._arrived.get_nowait())
-            except queue.Empty:
-                return
+        # Nobody else takes any, so what is there stays there.
+        while not self._arrived.empty():
+            self._sort(self._arrived.get_nowait())
 
     def _sort(self, arrival: Arrival) -> None:
         """A host answers in turn, so whatever comes from a silent one ends its silence."""

@@ -1,6 +1,8 @@
-"""One link of the gRPC transport: the thread that connects to a host, reads its answers and connects again.
+"""One link of the gRPC transport: the thread that connects to a host, links up, and connects again after an end.
 
-It learns that its stream lives or has ended and knows nothing of deadlines passing: that is its transport's part.
+Answers are taken apart and passed on where gRPC hands them over, in a thread of its own, before the link's thread
+hears of them: one thread less to wait for.
+A link knows that its stream lives or has ended, and nothing of deadlines passing: that is its transport's part.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc
 import torch
@@ -18,17 +21,20 @@ import torch
 from experts.errors import BadFrame, DeadlinePassed, HostLost, TransportError
 from experts.link_terms import LinkTerms
 from experts.placement import HostInfo
+from experts.tls import ROWS_RULE, Identity, is_loopback
 from experts.transport.base import Shipment, Ticket
 from experts.transport.grpc_options import METHOD, SERVICE, client_options
+from experts.transport.grpc_security import explain, open_channel
 from experts.wire.codec import (
     decode_error,
+    decode_host_hello,
+    decode_mismatch,
     decode_result,
     encode_hello,
     encode_shipment,
     message_bound,
-    read_response,
 )
-from experts.wire.expert_pb2 import ExchangeResponse
+from experts.wire.frames import Frame, Kind, split
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +50,7 @@ class Reconnect:
     refused_s: float = 5.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arrival:
+class Arrival(NamedTuple):
     """What became of a ticket, as its link learnt it; HostLost when its stream ended."""
 
     ticket: Ticket
@@ -64,10 +69,11 @@ class LinkSetup:
     max_message_bytes: int
     max_in_flight: int
     reconnect: Reconnect
+    tls: Identity | None
+    insecure: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Outgoing:
+class _Outgoing(NamedTuple):
     ticket: Ticket
     shipment: Shipment
     deadline: float
@@ -75,6 +81,9 @@ class _Outgoing:
 
 _Outbox = queue.SimpleQueue[_Outgoing | None]
 """Shipments on their way to the stream; None ends it. Bounded by `max_in_flight`."""
+
+
+_PASSED_ON = "an answer that was passed on"
 
 
 class _Refused(Exception):
@@ -96,6 +105,7 @@ class Link:
         self._in_flight: dict[Ticket, int] = {}
         self._call: grpc.Call | None = None
         self._message_limit = 0
+        self._incarnation = info.incarnation
         self._last_trouble = ""
 
     @property
@@ -103,8 +113,10 @@ class Link:
         return self._outbox is not None
 
     def leads_to(self, info: HostInfo) -> bool:
-        """Whether this link is the one to hold to the host of `info`."""
-        return (self._info.incarnation, self._info.address) == (info.incarnation, info.address)
+        """Whether this link is the one to hold to the host of `info`: it was meant for that life of the host, or has
+        met it already, before the cluster view told of it."""
+        lives = (self._info.incarnation, self._incarnation)
+        return self._info.address == info.address and info.incarnation in lives
 
     def start(self) -> None:
         self._thread.start()
@@ -136,7 +148,7 @@ class Link:
             if len(self._in_flight) >= self._setup.max_in_flight:
                 return DeadlinePassed(self._host, f"{len(self._in_flight)} shipments are unanswered already")
             self._in_flight[ticket] = shipment.rows_TH.shape[0]
-            self._outbox.put(_Outgoing(ticket=ticket, shipment=shipment, deadline=deadline))
+            self._outbox.put(_Outgoing(ticket, shipment, deadline))
         return None
 
     def _run(self) -> None:
@@ -153,22 +165,27 @@ class Link:
 
     def _converse(self) -> bool:
         """One stream from hello to end. Whether the link was up. Raises _Refused."""
+        setup, address = self._setup, self._info.address
+        if not (setup.tls or setup.insecure or is_loopback(address.rpartition(":")[0])):
+            raise _Refused(f"its address {ROWS_RULE}")
         outbox: _Outbox = queue.SimpleQueue()
-        channel = grpc.insecure_channel(self._info.address, options=client_options(self._setup.max_message_bytes))
+        channel = open_channel(address, client_options(setup.max_message_bytes), setup.tls)
         try:
-            exchange = channel.stream_stream(f"/{SERVICE}/{METHOD}", None, None)
+            exchange = channel.stream_stream(f"/{SERVICE}/{METHOD}", None, self._hear)
             call = exchange(self._requests(outbox))
             if not self._begin(call):
                 return False
             # Waits as long as the connection lives: until it says hello, a host is as good as down.
-            for position, frame in enumerate(call):
-                if position:
-                    self._take(frame)
-                else:
-                    self._bring_up(frame, outbox)
+            for heard in call:
+                if isinstance(heard, BadFrame):
+                    raise heard
+                if isinstance(heard, Frame):
+                    self._bring_up(heard, outbox)
             self._report("the host ended the stream")
+        except BadFrame as error:
+            self._report(error.problem)
         except grpc.RpcError as error:
-            self._report(str(error.details()))
+            self._report(explain(str(error.details()), setup.tls))
         finally:
             was_up = self._end("its stream ended")
             outbox.put(None)
@@ -184,55 +201,63 @@ class Link:
     def _begin(self, call: grpc.Call) -> bool:
         """Let `close` cancel `call`; False when it came first."""
         with self._lock:
-            if self._closed.is_set():
-                call.cancel()
-                return False
-            self._call = call
-            return True
+            is_wanted = not self._closed.is_set()
+            if is_wanted:
+                self._call = call
+        if not is_wanted:
+            # Not under the lock: gRPC holds one of its own when it calls `_hear`.
+            call.cancel()
+        return is_wanted
 
-    def _bring_up(self, frame: bytes, outbox: _Outbox) -> None:
-        """Check the host's first message and link up. Raises _Refused."""
-        first, _ = self._read(frame)
-        if first.WhichOneof("payload") != "hello":
-            raise _Refused(first.error.message[:200] or "the first message is no hello")
-        hello = first.hello
+    def _bring_up(self, frame: Frame, outbox: _Outbox) -> None:
+        """Check the host's first message and link up. Raises _Refused and BadFrame."""
+        if frame.header.kind == Kind.ERROR:
+            raise _Refused(decode_mismatch(frame, self._host))
+        hello = decode_host_hello(frame, self._host)
         if hello.host_name != self._host:
             raise _Refused(f"host {hello.host_name!r} answers at {self._info.address}")
         with self._lock:
             if self._closed.is_set():
                 return
             self._message_limit = min(self._setup.max_message_bytes, hello.max_message_bytes)
+            self._incarnation = hello.incarnation
             self._outbox = outbox
         self._last_trouble = ""
         self._notify()
 
-    def _take(self, frame: bytes) -> None:
-        """Pass an answer on. Raises _Refused when it is none."""
-        response, rows = self._read(frame)
-        kind = response.WhichOneof("payload")
-        if kind not in ("result", "error"):
-            raise _Refused("it breaks the protocol")
-        seq = response.result.seq if kind == "result" else response.error.seq
-        with self._lock:
-            num_rows = self._in_flight.pop(seq, None)
-        if num_rows is None:
-            self._report(f"an answer to nothing that was asked: {response.error.message[:200]!r}")
-            return
-        outcome: Outcome
+    def _hear(self, message: bytes) -> Frame | BadFrame | str:
+        """Pass an answer on; what else the host says goes to the link's thread. Called by gRPC, with each message."""
         try:
-            if kind == "result":
-                outcome = decode_result(response.result, rows, num_rows, self._setup.terms, self._host)
-            else:
-                outcome = decode_error(response.error, self._host)
+            frame = split(message, self._host)
+            if not self.is_up:
+                return frame
+            if frame.header.kind not in (Kind.RESULT, Kind.ERROR):
+                raise BadFrame(self._host, "an answer is expected after the hello")
+            self._take(frame)
         except BadFrame as error:
-            outcome = error
-        self._setup.arrived.put(Arrival(ticket=seq, host=self._host, outcome=outcome))
+            return error
+        return _PASSED_ON
 
-    def _read(self, frame: bytes) -> tuple[ExchangeResponse, memoryview]:
+    def _take(self, frame: Frame) -> None:
+        """Pass an answer on, if this life of the host was asked for it and has not answered yet."""
+        header = frame.header
+        with self._lock:
+            is_of_this_life = header.incarnation == self._incarnation
+            num_rows = self._in_flight.pop(header.seq, None) if is_of_this_life else None
+        if num_rows is None:
+            told = decode_error(frame, self._host).problem if header.kind == Kind.ERROR else "a result"
+            self._report(f"an answer to nothing that was asked: {told}")
+            return
+        outcome = self._outcome_of(frame, num_rows)
+        self._setup.arrived.put(Arrival(header.seq, self._host, outcome))
+
+    def _outcome_of(self, frame: Frame, num_rows: int) -> Outcome:
+        if frame.header.kind == Kind.ERROR:
+            return decode_error(frame, self._host)
         try:
-            return read_response(frame, self._host)
+            return decode_result(frame, num_rows, self._setup.terms, self._host)
         except BadFrame as error:
-            raise _Refused(error.problem) from error
+            return error
 
     def _end(self, reason: str) -> bool:
         """Take the link down, if it is up, and fail what is in flight. Whether it was up."""
@@ -241,7 +266,7 @@ class Link:
             self._outbox = None
             lost, self._in_flight = self._in_flight, {}
         for ticket in lost:
-            self._setup.arrived.put(Arrival(ticket=ticket, host=self._host, outcome=HostLost(self._host, reason)))
+            self._setup.arrived.put(Arrival(ticket, self._host, HostLost(self._host, reason)))
         if was_up:
             self._notify()
         return was_up

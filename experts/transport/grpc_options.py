@@ -11,10 +11,21 @@ Options = list[tuple[str, int]]
 # deadlines of its shipments.
 _PING_EVERY_MS = 20_000
 _PING_TIMEOUT_MS = 10_000
+_CONNECT_TIMEOUT_MS = 2_000
+_FIRST_BACKOFF_MS, _LAST_BACKOFF_MS = 100, 1_000
+
+RECONNECT: Options = [
+    # gRPC waits up to two minutes between attempts, and 20 s for one.
+    ("grpc.initial_reconnect_backoff_ms", _FIRST_BACKOFF_MS),
+    ("grpc.max_reconnect_backoff_ms", _LAST_BACKOFF_MS),
+    # By its name something else, but it bounds one attempt to connect, handshake and all.
+    ("grpc.min_reconnect_backoff_ms", _CONNECT_TIMEOUT_MS),
+]
+"""How channels find their peer again."""
 
 
 def client_options(max_message_bytes: int) -> Options:
-    """For a channel that carries one link. It never re-connects by itself: a link does, with a new channel."""
+    """For a channel that carries one link. A link re-connects with a new channel."""
     return [
         *_common(max_message_bytes),
         ("grpc.enable_http_proxy", 0),
@@ -22,8 +33,7 @@ def client_options(max_message_bytes: int) -> Options:
         ("grpc.enable_retries", 0),
         # Channels to one address would share a connection and its back-off.
         ("grpc.use_local_subchannel_pool", 1),
-        # Also the time that one attempt to connect may take.
-        ("grpc.min_reconnect_backoff_ms", 5_000),
+        *RECONNECT,
     ]
 
 

@@ -16,19 +16,20 @@ import grpc
 from experts.errors import BadFrame, DeadlinePassed, InvalidInput, TransportError
 from experts.host import ExpertHost
 from experts.link_terms import LinkTerms
+from experts.tls import ROWS_RULE, Identity, is_loopback
 from experts.transport.grpc_options import METHOD, SERVICE, server_options
+from experts.transport.grpc_security import listen
 from experts.wire.codec import (
     DEFAULT_MAX_MESSAGE_BYTES,
+    decode_hello,
     decode_shipment,
     encode_error,
     encode_host_hello,
     encode_mismatch,
     encode_result,
     mismatch,
-    read_request,
 )
-from experts.wire.expert_pb2 import Hello
-from experts.wire.expert_pb2 import Shipment as ShipmentMessage
+from experts.wire.frames import Frame, Kind, split
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +45,18 @@ def serve_expert_host(
     ports: range | None = None,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     max_streams: int = DEFAULT_MAX_STREAMS,
+    tls: Identity | None = None,
+    insecure: bool = False,
 ) -> ExpertHostServer:
     """Listen on address `bind` and answer shipments with `host` until `stop`.
 
     `ports`: the ports to try, in order; None lets the system choose. Raises InvalidInput when none is free.
-    `incarnation` names this life of the process. More than `max_streams` routers at a time are refused.
+    `incarnation` names this life of the process. More than `max_streams` routers at a time are refused. Without `tls`
+    only a loopback address is listened on, any with `insecure`.
     """
-    return ExpertHostServer(host, terms, incarnation, bind, ports, max_message_bytes, max_streams)
+    if tls is None and not insecure and not is_loopback(bind):
+        raise InvalidInput("host-bind", bind, ROWS_RULE)
+    return ExpertHostServer(host, terms, incarnation, bind, ports, max_message_bytes, max_streams, tls)
 
 
 class ExpertHostServer:
@@ -65,6 +71,7 @@ class ExpertHostServer:
         ports: range | None,
         max_message_bytes: int,
         max_streams: int,
+        tls: Identity | None,
     ) -> None:
         self._threads = ThreadPoolExecutor(max_streams, thread_name_prefix=f"expert-host-{host.name}")
         self._server = grpc.server(
@@ -72,9 +79,10 @@ class ExpertHostServer:
             options=server_options(max_message_bytes),
             maximum_concurrent_rpcs=max_streams,
         )
-        self._exchange = _Exchange(host, terms, encode_host_hello(host.name, incarnation, max_message_bytes))
+        hello = encode_host_hello(host.name, incarnation, max_message_bytes)
+        self._exchange = _Exchange(host, terms, incarnation, hello)
         self._server.add_generic_rpc_handlers((_service(self._exchange),))
-        self.port = _bind(self._server, bind, ports)
+        self.port = _bind(self._server, bind, ports, tls)
         self.address = _join(bind, self.port)
         self._server.start()
 
@@ -99,9 +107,10 @@ class ExpertHostServer:
 class _Exchange:
     """The service: every stream runs `exchange` in a thread of its own."""
 
-    def __init__(self, host: ExpertHost, terms: LinkTerms, hello: bytes) -> None:
+    def __init__(self, host: ExpertHost, terms: LinkTerms, incarnation: int, hello: bytes) -> None:
         self._host = host
         self._terms = terms
+        self._incarnation = incarnation
         self._hello = hello
         self._draining = False
         self.busy = _Gauge()
@@ -111,7 +120,7 @@ class _Exchange:
         """One router's stream, from hello to end. What cannot be read ends it, and nothing else."""
         router = context.peer()
         try:
-            hello = self._greet(next(frames, b""), router)
+            hello = decode_hello(split(next(frames, b""), router), router)
             difference = mismatch(hello, self._terms)
             if difference:
                 log.warning("refused router %.80r: %s", hello.router_name, difference)
@@ -122,38 +131,32 @@ class _Exchange:
                 yield from self._answers(frames, router)
         except BadFrame as error:
             log.warning("ended the stream of %s: %s", router, error.problem)
-            yield encode_error(0, error)
+            yield encode_error(self._incarnation, None, error)
 
     def drain(self, grace: float) -> None:
         """Begin no further shipment; return when the current ones are answered, or after `grace` seconds."""
         self._draining = True
         self.busy.wait_for_zero(grace)
 
-    def _greet(self, frame: bytes, router: str) -> Hello:
-        request, _ = read_request(frame, router)
-        if request.WhichOneof("payload") != "hello":
-            raise BadFrame(router, "the first message must be a hello")
-        return request.hello
-
     def _answers(self, frames: Iterator[bytes], router: str) -> Iterator[bytes]:
-        for frame in frames:
+        for message in frames:
             if self._draining:
                 return
-            request, rows = read_request(frame, router)
-            if request.WhichOneof("payload") != "shipment":
+            frame = split(message, router)
+            if frame.header.kind != Kind.SHIPMENT or not frame.header.seq:
                 raise BadFrame(router, "only shipments may follow the hello")
             # Busy until the answer is on its way: the generator resumes only then.
             with self.busy:
-                yield self._answer(request.shipment, rows, router)
+                yield self._answer(frame, router)
 
-    def _answer(self, message: ShipmentMessage, rows: memoryview, router: str) -> bytes:
+    def _answer(self, frame: Frame, router: str) -> bytes:
         try:
-            if not message.deadline_ms:
+            if not frame.header.deadline_ms:
                 raise DeadlinePassed(self._host.name, "the deadline had passed on arrival")
-            y_TH = self._host.compute(decode_shipment(message, rows, self._terms, router))
+            y_TH = self._host.compute(decode_shipment(frame, self._terms, router))
         except TransportError as error:
-            return encode_error(message.seq, error)
-        return encode_result(message.seq, y_TH)
+            return encode_error(self._incarnation, frame.header, error)
+        return encode_result(self._incarnation, frame.header, y_TH)
 
 
 class _Gauge:
@@ -185,10 +188,10 @@ def _service(exchange: _Exchange) -> grpc.GenericRpcHandler[bytes, bytes]:
     return grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler})
 
 
-def _bind(server: grpc.Server, bind: str, ports: range | None) -> int:
+def _bind(server: grpc.Server, bind: str, ports: range | None, tls: Identity | None) -> int:
     for port in (0,) if ports is None else ports:
         try:
-            bound = server.add_insecure_port(_join(bind, port))
+            bound = listen(server, _join(bind, port), tls)
         except RuntimeError:
             continue
         if bound:

@@ -1,8 +1,8 @@
 """Shipments, results and errors as frames of `proto/expert.proto`, and back. Knows no network, no time.
 
-Everything read here came from outside: dtype, shape and length are checked against each other and against the
-link's terms before a tensor is made, and anything that does not fit is a BadFrame. Tensors share the memory of
-the message's bytes, so rows are never written to.
+Everything read here came from outside: checksums first, then dtype, shape and length are checked against each other
+and against the link's terms before a tensor is made, and anything that does not fit is a BadFrame. Tensors share the
+memory of the frame's bytes, so rows are never written to.
 
 Shape letters: T rows, H hidden size.
 """
@@ -10,11 +10,14 @@ Shape letters: T rows, H hidden size.
 from __future__ import annotations
 
 import math
+import struct
 import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
+from google.protobuf.message import DecodeError
 
 from experts.errors import BadFrame, DeadlinePassed, HostFailed, NotHosted, TransportError
 from experts.link_terms import LinkTerms
@@ -26,22 +29,21 @@ from experts.wire.expert_pb2 import (
     DTYPE_FLOAT32,
     Dtype,
     Error,
-    ExchangeRequest,
-    ExchangeResponse,
     Hello,
     HostHello,
-    Result,
 )
-from experts.wire.expert_pb2 import Segment as SegmentMessage
-from experts.wire.expert_pb2 import Shipment as ShipmentMessage
-from experts.wire.frames import join, split
+from experts.wire.expert_pb2 import ExpertKey as ExpertKeyMessage
+from experts.wire.frames import HEADER_BYTES, Frame, Header, Kind, join
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_ROWS = 1 << 16
 MAX_SEGMENTS = 1 << 12
 _MAX_TEXT = 200
 _MAX_DEADLINE_MS = 2**32 - 1
+_SEGMENT = struct.Struct("<III")
+
+Part = TypeVar("Part", Hello, HostHello, Error)
 
 _DTYPE_OF: Mapping[int, torch.dtype] = MappingProxyType(
     {DTYPE_FLOAT32: torch.float32, DTYPE_BFLOAT16: torch.bfloat16, DTYPE_FLOAT16: torch.float16}
@@ -58,8 +60,8 @@ with warnings.catch_warnings():
 
 
 def message_bound(shipment: Shipment) -> int:
-    """Bytes that the message of `shipment` does not exceed."""
-    return shipment.rows_TH.nbytes + 32 * len(shipment.segments) + 256
+    """Bytes that neither the frame of `shipment` nor that of its result exceeds."""
+    return HEADER_BYTES + _SEGMENT.size * (len(shipment.segments) + 1) + shipment.rows_TH.nbytes
 
 
 def encode_hello(terms: LinkTerms, router_name: str) -> bytes:
@@ -71,7 +73,14 @@ def encode_hello(terms: LinkTerms, router_name: str) -> bytes:
         hidden_size=terms.hidden_size,
         router_name=router_name,
     )
-    return ExchangeRequest(hello=hello).SerializeToString()
+    return join(Header(Kind.HELLO), hello.SerializeToString())
+
+
+def decode_hello(frame: Frame, peer: str) -> Hello:
+    """What a router says first. Raises BadFrame when it says something else."""
+    if frame.header.kind != Kind.HELLO:
+        raise BadFrame(peer, "the first message must be a hello")
+    return _decode_part(frame, Hello, peer)
 
 
 def mismatch(hello: Hello, terms: LinkTerms) -> str:
@@ -88,96 +97,106 @@ def mismatch(hello: Hello, terms: LinkTerms) -> str:
 def encode_host_hello(host_name: str, incarnation: int, max_message_bytes: int) -> bytes:
     """A host's first message."""
     hello = HostHello(host_name=host_name, incarnation=incarnation, max_message_bytes=max_message_bytes)
-    return ExchangeResponse(hello=hello).SerializeToString()
+    return join(Header(Kind.HOST_HELLO, incarnation), hello.SerializeToString())
+
+
+def decode_host_hello(frame: Frame, peer: str) -> HostHello:
+    """What a host says first. Raises BadFrame when it says something else."""
+    if frame.header.kind != Kind.HOST_HELLO:
+        raise BadFrame(peer, "the first message is no hello")
+    return _decode_part(frame, HostHello, peer)
 
 
 def encode_shipment(seq: int, shipment: Shipment, remaining_s: float) -> bytes:
     """`remaining_s`: seconds until its deadline. One that has none left travels without its rows: nobody waits
     for the answer, but its coming tells that the host is alive."""
     if remaining_s <= 0:
-        return ExchangeRequest(shipment=ShipmentMessage(seq=seq)).SerializeToString()
+        return join(Header(Kind.SHIPMENT, seq=seq, epoch=shipment.epoch))
     rows_TH = shipment.rows_TH
-    message = ShipmentMessage(
+    header = Header(
+        Kind.SHIPMENT,
         seq=seq,
         epoch=shipment.epoch,
         deadline_ms=math.ceil(min(remaining_s * 1000, _MAX_DEADLINE_MS)),
         dtype=_NAME_OF[rows_TH.dtype],
         num_rows=rows_TH.shape[0],
         hidden_size=rows_TH.shape[1],
-        segments=[
-            SegmentMessage(layer=segment.layer, expert=segment.expert, num_rows=segment.num_rows)
-            for segment in shipment.segments
-        ],
     )
-    return join(ExchangeRequest(shipment=message), rows_TH)
+    segments = [_SEGMENT.pack(segment.layer, segment.expert, segment.num_rows) for segment in shipment.segments]
+    return join(header, b"".join(segments), _bytes_of(rows_TH))
 
 
-def read_request(frame: bytes, peer: str) -> tuple[ExchangeRequest, memoryview]:
-    """What a router sent, and its rows. Raises BadFrame."""
-    return split(frame, ExchangeRequest, peer)
-
-
-def decode_shipment(message: ShipmentMessage, rows: memoryview, terms: LinkTerms, peer: str) -> Shipment:
-    """The shipment of `message` and its `rows`; `peer` names who sent it. Raises BadFrame."""
-    if len(message.segments) > MAX_SEGMENTS:
-        raise BadFrame(peer, f"{len(message.segments)} segments where {MAX_SEGMENTS} are allowed")
+def decode_shipment(frame: Frame, terms: LinkTerms, peer: str) -> Shipment:
+    """The shipment of `frame`; `peer` names who sent it. Raises BadFrame."""
+    num_segments, rest = divmod(len(frame.part), _SEGMENT.size)
+    if rest or num_segments > MAX_SEGMENTS:
+        raise BadFrame(peer, f"{len(frame.part)} bytes of segments, {MAX_SEGMENTS} segments are allowed")
     segments = tuple(
-        Segment(layer=segment.layer, expert=segment.expert, num_rows=segment.num_rows) for segment in message.segments
+        Segment(layer=layer, expert=expert, num_rows=num_rows)
+        for layer, expert, num_rows in _SEGMENT.iter_unpack(frame.part)
     )
     total = sum(segment.num_rows for segment in segments)
-    if total != message.num_rows:
-        raise BadFrame(peer, f"segments of {total} rows in a shipment of {message.num_rows}")
-    return Shipment(segments=segments, rows_TH=_decode_rows(message, rows, terms, peer), epoch=message.epoch)
+    if total != frame.header.num_rows:
+        raise BadFrame(peer, f"segments of {total} rows in a shipment of {frame.header.num_rows}")
+    return Shipment(segments=segments, rows_TH=_decode_rows(frame, terms, peer), epoch=frame.header.epoch)
 
 
-def encode_result(seq: int, y_TH: torch.Tensor) -> bytes:
-    """The answer to shipment `seq`."""
-    message = Result(
-        seq=seq,
+def encode_result(incarnation: int, asked: Header, y_TH: torch.Tensor) -> bytes:
+    """The answer of the life `incarnation` of a host to the shipment with the header `asked`."""
+    header = Header(
+        Kind.RESULT,
+        incarnation=incarnation,
+        seq=asked.seq,
+        epoch=asked.epoch,
         dtype=_NAME_OF[y_TH.dtype],
         num_rows=y_TH.shape[0],
         hidden_size=y_TH.shape[1],
     )
-    return join(ExchangeResponse(result=message), y_TH)
+    return join(header, rows=_bytes_of(y_TH))
 
 
-def read_response(frame: bytes, peer: str) -> tuple[ExchangeResponse, memoryview]:
-    """What a host sent, and its rows. Raises BadFrame."""
-    return split(frame, ExchangeResponse, peer)
+def decode_result(frame: Frame, num_rows: int, terms: LinkTerms, peer: str) -> torch.Tensor:
+    """The rows of an answer to a shipment of `num_rows`, [T, H]. Raises BadFrame."""
+    if frame.header.num_rows != num_rows:
+        raise BadFrame(peer, f"{frame.header.num_rows} rows in answer to {num_rows}")
+    return _decode_rows(frame, terms, peer)
 
 
-def decode_result(message: Result, rows: memoryview, num_rows: int, terms: LinkTerms, peer: str) -> torch.Tensor:
-    """The `rows` of an answer to a shipment of `num_rows`, [T, H]. Raises BadFrame."""
-    if message.num_rows != num_rows:
-        raise BadFrame(peer, f"{message.num_rows} rows in answer to {num_rows}")
-    return _decode_rows(message, rows, terms, peer)
-
-
-def encode_error(seq: int, error: TransportError) -> bytes:
-    """Why shipment `seq` has no result. HostLost has no place on the wire: it is the wire's end."""
+def encode_error(incarnation: int, asked: Header | None, error: TransportError) -> bytes:
+    """Why the shipment with the header `asked` has no result; None: `error` belongs to no shipment and ends the
+    stream. HostLost has no place on the wire: it is the wire's end."""
     kind = next(kind for kind, cls in _ERROR_OF.items() if isinstance(error, cls))
     missing: Iterable[ExpertKey] = sorted(error.missing) if isinstance(error, NotHosted) else ()
     message = Error(
-        seq=seq,
         kind=kind,
-        missing=[SegmentMessage(layer=layer, expert=expert) for layer, expert in missing],
+        missing=[ExpertKeyMessage(layer=layer, expert=expert) for layer, expert in missing],
         message=error.problem[:_MAX_TEXT],
     )
-    return ExchangeResponse(error=message).SerializeToString()
+    seq, epoch = (asked.seq, asked.epoch) if asked else (0, 0)
+    return join(Header(Kind.ERROR, incarnation, seq, epoch), message.SerializeToString())
 
 
 def encode_mismatch(difference: str) -> bytes:
     """The refusal of a hello."""
-    return ExchangeResponse(error=Error(kind=Error.KIND_MISMATCH, message=difference)).SerializeToString()
+    return join(Header(Kind.ERROR), Error(kind=Error.KIND_MISMATCH, message=difference).SerializeToString())
 
 
-def decode_error(message: Error, peer: str) -> TransportError:
-    """The error that `message` tells of; one of an unknown kind is a BadFrame."""
+def decode_mismatch(frame: Frame, peer: str) -> str:
+    """Why a hello was refused. Raises BadFrame."""
+    return _decode_part(frame, Error, peer).message[:_MAX_TEXT]
+
+
+def decode_error(frame: Frame, peer: str) -> TransportError:
+    """The error that `frame` tells of; a BadFrame when it cannot be understood or is of an unknown kind."""
+    try:
+        message = _decode_part(frame, Error, peer)
+    except BadFrame as error:
+        return error
     text = message.message[:_MAX_TEXT]
     if message.kind == Error.KIND_NOT_HOSTED:
         if len(message.missing) > MAX_SEGMENTS:
             return BadFrame(peer, f"{len(message.missing)} missing experts where {MAX_SEGMENTS} are allowed")
-        return NotHosted(peer, ((segment.layer, segment.expert) for segment in message.missing))
+        return NotHosted(peer, ((key.layer, key.expert) for key in message.missing))
     error_type = _ERROR_OF.get(message.kind)
     if error_type is None:
         return BadFrame(peer, f"an error of unknown kind {message.kind}: {text}")
@@ -194,19 +213,34 @@ _ERROR_OF: Mapping[Error.Kind, type[TransportError]] = MappingProxyType(
 )
 
 
-def _decode_rows(message: ShipmentMessage | Result, rows: memoryview, terms: LinkTerms, peer: str) -> torch.Tensor:
-    num_rows, hidden_size = message.num_rows, message.hidden_size
-    dtype = _DTYPE_OF.get(message.dtype)
+def _decode_part(frame: Frame, message_type: type[Part], peer: str) -> Part:
+    if len(frame.rows):
+        raise BadFrame(peer, f"{len(frame.rows)} bytes of rows where none belong")
+    try:
+        return message_type.FromString(bytes(frame.part))
+    except DecodeError as error:
+        raise BadFrame(peer, f"an unreadable {message_type.DESCRIPTOR.name}") from error
+
+
+def _bytes_of(x_TH: torch.Tensor) -> memoryview:
+    """The memory of `x_TH`. numpy knows no bfloat16, so it sees plain bytes."""
+    view: memoryview = x_TH.contiguous().view(-1).view(torch.uint8).numpy().data
+    return view
+
+
+def _decode_rows(frame: Frame, terms: LinkTerms, peer: str) -> torch.Tensor:
+    num_rows, hidden_size = frame.header.num_rows, frame.header.hidden_size
+    dtype = _DTYPE_OF.get(frame.header.dtype)
     if dtype != terms.dtype:
-        raise BadFrame(peer, f"rows of dtype {dtype or message.dtype} on a link of {terms.dtype}")
+        raise BadFrame(peer, f"rows of dtype {dtype or frame.header.dtype} on a link of {terms.dtype}")
     if hidden_size != terms.hidden_size:
         raise BadFrame(peer, f"rows of {hidden_size} numbers on a link of {terms.hidden_size}")
     if num_rows > MAX_ROWS:
         raise BadFrame(peer, f"{num_rows} rows where {MAX_ROWS} are allowed")
-    if len(rows) != terms.num_bytes(num_rows):
-        raise BadFrame(peer, f"{len(rows)} bytes for {num_rows} rows of {hidden_size} × {dtype}")
-    if not rows:
+    if len(frame.rows) != terms.num_bytes(num_rows):
+        raise BadFrame(peer, f"{len(frame.rows)} bytes for {num_rows} rows of {hidden_size} × {dtype}")
+    if not frame.rows_are_sound():
+        raise BadFrame(peer, "rows that were damaged on their way")
+    if not num_rows:
         return torch.empty(0, hidden_size, dtype=dtype)
-    x_TH = torch.frombuffer(rows, dtype=dtype).view(num_rows, hidden_size)
-    # Only frames of other implementations come unaligned.
-    return x_TH.clone() if x_TH.data_ptr() % dtype.itemsize else x_TH
+    return torch.frombuffer(frame.rows, dtype=dtype).view(num_rows, hidden_size)

@@ -24,33 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65xperts/wire/expert.proto\x12\x0eherd.expert.v1\"\x91\x01\n\x0f\x45xchangeRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.herd.expert.v1.HelloH\x00\x12,\n\x08shipment\x18\x02 \x01(\x0b\x32\x18.herd.expert.v1.ShipmentH\x00\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0c\n\x04rows\x18\x0f \x01(\x0c\x42\t\n\x07payload\"\xba\x01\n\x10\x45xchangeResponse\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.herd.expert.v1.HostHelloH\x00\x12(\n\x06result\x18\x02 \x01(\x0b\x32\x16.herd.expert.v1.ResultH\x00\x12&\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.herd.expert.v1.ErrorH\x00\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0c\n\x04rows\x18\x0f \x01(\x0c\x42\t\n\x07payload\"\x8c\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11\x63heckpoint_digest\x18\x02 \x01(\t\x12$\n\x05\x64type\x18\x03 \x01(\x0e\x32\x15.herd.expert.v1.Dtype\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x13\n\x0brouter_name\x18\x05 \x01(\t\"N\n\tHostHello\x12\x11\n\thost_name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\x04\":\n\x07Segment\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x10\n\x08num_rows\x18\x03 \x01(\r\"\xb3\x01\n\x08Shipment\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\r\x12$\n\x05\x64type\x18\x04 \x01(\x0e\x32\x15.herd.expert.v1.Dtype\x12\x10\n\x08num_rows\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12)\n\x08segments\x18\x07 \x03(\x0b\x32\x17.herd.expert.v1.Segment\"b\n\x06Result\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.herd.expert.v1.Dtype\x12\x10\n\x08num_rows\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\"\xf6\x01\n\x05\x45rror\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.herd.expert.v1.Error.Kind\x12(\n\x07missing\x18\x03 \x03(\x0b\x32\x17.herd.expert.v1.Segment\x12\x0f\n\x07message\x18\x04 \x01(\t\"{\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fKIND_NOT_HOSTED\x10\x01\x12\x0f\n\x0bKIND_FAILED\x10\x02\x12\x12\n\x0eKIND_BAD_FRAME\x10\x03\x12\x11\n\rKIND_MISMATCH\x10\x04\x12\x10\n\x0cKIND_EXPIRED\x10\x05*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x32\x66\n\x11\x45xpertHostService\x12Q\n\x08\x45xchange\x12\x1f.herd.expert.v1.ExchangeRequest\x1a .herd.expert.v1.ExchangeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65xperts/wire/expert.proto\x12\x0eherd.expert.v1\"\x8c\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11\x63heckpoint_digest\x18\x02 \x01(\t\x12$\n\x05\x64type\x18\x03 \x01(\x0e\x32\x15.herd.expert.v1.Dtype\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x13\n\x0brouter_name\x18\x05 \x01(\t\"N\n\tHostHello\x12\x11\n\thost_name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\x04\"*\n\tExpertKey\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\"\xeb\x01\n\x05\x45rror\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.herd.expert.v1.Error.Kind\x12*\n\x07missing\x18\x02 \x03(\x0b\x32\x19.herd.expert.v1.ExpertKey\x12\x0f\n\x07message\x18\x03 \x01(\t\"{\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fKIND_NOT_HOSTED\x10\x01\x12\x0f\n\x0bKIND_FAILED\x10\x02\x12\x12\n\x0eKIND_BAD_FRAME\x10\x03\x12\x11\n\rKIND_MISMATCH\x10\x04\x12\x10\n\x0cKIND_EXPIRED\x10\x05*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'experts.wire.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1196
-  _globals['_DTYPE']._serialized_end=1284
-  _globals['_EXCHANGEREQUEST']._serialized_start=46
-  _globals['_EXCHANGEREQUEST']._serialized_end=191
-  _globals['_EXCHANGERESPONSE']._serialized_start=194
-  _globals['_EXCHANGERESPONSE']._serialized_end=380
-  _globals['_HELLO']._serialized_start=383
-  _globals['_HELLO']._serialized_end=523
-  _globals['_HOSTHELLO']._serialized_start=525
-  _globals['_HOSTHELLO']._serialized_end=603
-  _globals['_SEGMENT']._serialized_start=605
-  _globals['_SEGMENT']._serialized_end=663
-  _globals['_SHIPMENT']._serialized_start=666
-  _globals['_SHIPMENT']._serialized_end=845
-  _globals['_RESULT']._serialized_start=847
-  _globals['_RESULT']._serialized_end=945
-  _globals['_ERROR']._serialized_start=948
-  _globals['_ERROR']._serialized_end=1194
-  _globals['_ERROR_KIND']._serialized_start=1071
-  _globals['_ERROR_KIND']._serialized_end=1194
-  _globals['_EXPERTHOSTSERVICE']._serialized_start=1286
-  _globals['_EXPERTHOSTSERVICE']._serialized_end=1388
+  _globals['_DTYPE']._serialized_start=550
+  _globals['_DTYPE']._serialized_end=638
+  _globals['_HELLO']._serialized_start=46
+  _globals['_HELLO']._serialized_end=186
+  _globals['_HOSTHELLO']._serialized_start=188
+  _globals['_HOSTHELLO']._serialized_end=266
+  _globals['_EXPERTKEY']._serialized_start=268
+  _globals['_EXPERTKEY']._serialized_end=310
+  _globals['_ERROR']._serialized_start=313
+  _globals['_ERROR']._serialized_end=548
+  _globals['_ERROR_KIND']._serialized_start=425
+  _globals['_ERROR_KIND']._serialized_end=548
 # @@protoc_insertion_point(module_scope)

@@ -18,32 +18,6 @@ DTYPE_FLOAT32: Dtype
 DTYPE_BFLOAT16: Dtype
 DTYPE_FLOAT16: Dtype
 
-class ExchangeRequest(_message.Message):
-    __slots__ = ("hello", "shipment", "padding", "rows")
-    HELLO_FIELD_NUMBER: _ClassVar[int]
-    SHIPMENT_FIELD_NUMBER: _ClassVar[int]
-    PADDING_FIELD_NUMBER: _ClassVar[int]
-    ROWS_FIELD_NUMBER: _ClassVar[int]
-    hello: Hello
-    shipment: Shipment
-    padding: bytes
-    rows: bytes
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., shipment: _Optional[_Union[Shipment, _Mapping]] = ..., padding: _Optional[bytes] = ..., rows: _Optional[bytes] = ...) -> None: ...
-
-class ExchangeResponse(_message.Message):
-    __slots__ = ("hello", "result", "error", "padding", "rows")
-    HELLO_FIELD_NUMBER: _ClassVar[int]
-    RESULT_FIELD_NUMBER: _ClassVar[int]
-    ERROR_FIELD_NUMBER: _ClassVar[int]
-    PADDING_FIELD_NUMBER: _ClassVar[int]
-    ROWS_FIELD_NUMBER: _ClassVar[int]
-    hello: HostHello
-    result: Result
-    error: Error
-    padding: bytes
-    rows: bytes
-    def __init__(self, hello: _Optional[_Union[HostHello, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., padding: _Optional[bytes] = ..., rows: _Optional[bytes] = ...) -> None: ...
-
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "checkpoint_digest", "dtype", "hidden_size", "router_name")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -68,48 +42,16 @@ class HostHello(_message.Message):
     max_message_bytes: int
     def __init__(self, host_name: _Optional[str] = ..., incarnation: _Optional[int] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
 
-class Segment(_message.Message):
-    __slots__ = ("layer", "expert", "num_rows")
+class ExpertKey(_message.Message):
+    __slots__ = ("layer", "expert")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
-    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
     layer: int
     expert: int
-    num_rows: int
-    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., num_rows: _Optional[int] = ...) -> None: ...
-
-class Shipment(_message.Message):
-    __slots__ = ("seq", "epoch", "deadline_ms", "dtype", "num_rows", "hidden_size", "segments")
-    SEQ_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
-    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
-    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
-    seq: int
-    epoch: int
-    deadline_ms: int
-    dtype: Dtype
-    num_rows: int
-    hidden_size: int
-    segments: _containers.RepeatedCompositeFieldContainer[Segment]
-    def __init__(self, seq: _Optional[int] = ..., epoch: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ...) -> None: ...
-
-class Result(_message.Message):
-    __slots__ = ("seq", "dtype", "num_rows", "hidden_size")
-    SEQ_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
-    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
-    seq: int
-    dtype: Dtype
-    num_rows: int
-    hidden_size: int
-    def __init__(self, seq: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("seq", "kind", "missing", "message")
+    __slots__ = ("kind", "missing", "message")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[Error.Kind]
@@ -124,12 +66,10 @@ class Error(_message.Message):
     KIND_BAD_FRAME: Error.Kind
     KIND_MISMATCH: Error.Kind
     KIND_EXPIRED: Error.Kind
-    SEQ_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
-    seq: int
     kind: Error.Kind
-    missing: _containers.RepeatedCompositeFieldContainer[Segment]
+    missing: _containers.RepeatedCompositeFieldContainer[ExpertKey]
     message: str
-    def __init__(self, seq: _Optional[int] = ..., kind: _Optional[_Union[Error.Kind, str]] = ..., missing: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., message: _Optional[str] = ...) -> None: ...
+    def __init__(self, kind: _Optional[_Union[Error.Kind, str]] = ..., missing: _Optional[_Iterable[_Union[ExpertKey, _Mapping]]] = ..., message: _Optional[str] = ...) -> None: ...

@@ -1,82 +1,91 @@
-"""Frames: messages of `proto/expert.proto` as bytes, whose rows are copied once or not at all.
+"""Frames: the binary messages that `proto/expert.proto` describes, whose rows are copied once or not at all.
 
-A frame is what the .proto says, and any implementation of it can read and write one. But the message library would
-copy the rows twice more on each side, so here they are appended to the rest of the message and viewed in place.
+A frame's head has a checksum of its own, so that a shipment whose rows were damaged can still be told by its number.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-import torch
-from google.protobuf.message import DecodeError
+import struct
+import zlib
+from enum import IntEnum
+from typing import NamedTuple
 
 from experts.errors import BadFrame
-from experts.wire.expert_pb2 import ExchangeRequest, ExchangeResponse
+from experts.kernels.crc32 import crc32
 
-Message = TypeVar("Message", ExchangeRequest, ExchangeResponse)
-
-_LENGTH_DELIMITED = 2
-_PADDING_TAG = ExchangeRequest.PADDING_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
-_ROWS_TAG = ExchangeRequest.ROWS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+MAGIC = b"HERD"
+HEADER_BYTES = 64
 _ALIGNMENT = 16
+_FIELDS = struct.Struct("<4sBBHQQQIIIII")
+_CHECKSUM = struct.Struct("<IQ")
+assert _FIELDS.size + _CHECKSUM.size == HEADER_BYTES
 
 
-def join(message: ExchangeRequest | ExchangeResponse, rows_TH: torch.Tensor) -> bytes:
-    """The frame of `message` with `rows_TH` as its rows, which begin on a multiple of 16 bytes."""
-    head = message.SerializeToString()
-    rows_tag = bytes((_ROWS_TAG,)) + _varint(rows_TH.nbytes)
-    num_padding = -(len(head) + 2 + len(rows_tag)) % _ALIGNMENT
-    padding = bytes((_PADDING_TAG, num_padding)) + bytes(num_padding)
-    # numpy knows no bfloat16, so it sees plain bytes.
-    rows = rows_TH.contiguous().view(torch.uint8).numpy().data
-    return b"".join((head, padding, rows_tag, rows))
+class Kind(IntEnum):
+    """What a frame says."""
+
+    HELLO = 1
+    HOST_HELLO = 2
+    SHIPMENT = 3
+    RESULT = 4
+    ERROR = 5
 
 
-def split(frame: bytes, message_type: type[Message], peer: str) -> tuple[Message, memoryview]:
-    """The message of a frame, and its rows. Raises BadFrame when the bytes are no such message."""
-    head_end, rows_begin = _borders(frame)
-    try:
-        message = message_type.FromString(frame[:head_end])
-    except DecodeError as error:
-        raise BadFrame(peer, "an unreadable message") from error
-    return message, memoryview(frame)[rows_begin:] if rows_begin else memoryview(message.rows)
+class Header(NamedTuple):
+    """The fields of a frame that fit all kinds; what a kind has no use for is 0. See `proto/expert.proto`."""
+
+    kind: int
+    incarnation: int = 0
+    seq: int = 0
+    epoch: int = 0
+    deadline_ms: int = 0
+    dtype: int = 0
+    num_rows: int = 0
+    hidden_size: int = 0
 
 
-def _borders(frame: bytes) -> tuple[int, int]:
-    """Where the head ends and the rows begin in a frame that ends with its rows; of another one all is head, and 0.
+class Frame(NamedTuple):
+    """A frame taken apart; `part` and `rows` lie where they lay in its bytes. The head is sound, the rows perhaps not:
+    ask `rows_are_sound`."""
 
-    The borders decide only who reads the rows: the message library reads a frame of any layout.
-    """
-    no_borders = len(frame), 0
-    position = 0
-    for _ in ("payload", "padding", "rows"):
-        if position >= len(frame):
-            return no_borders
-        tag = frame[position]
-        length, begin = _varint_at(frame, position + 1)
-        if tag == _ROWS_TAG:
-            return (position, begin) if begin + length == len(frame) else no_borders
-        if tag >= 0x80 or tag & 7 != _LENGTH_DELIMITED:
-            return no_borders
-        position = begin + length
-    return no_borders
+    header: Header
+    part: memoryview
+    rows: memoryview
+    rows_checksum: int
+
+    def rows_are_sound(self) -> bool:
+        """Whether the rows are those that were sent."""
+        return crc32(self.rows) == self.rows_checksum
 
 
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+def join(header: Header, part: bytes = b"", rows: bytes | memoryview = b"") -> bytes:
+    """The frame of `header`, `part` and `rows` (its items bytes), which begin on a multiple of 16 bytes."""
+    kind, incarnation, seq, epoch, deadline_ms, dtype, num_rows, hidden_size = header
+    fields = _FIELDS.pack(
+        MAGIC, kind, dtype, 0, incarnation, seq, epoch, deadline_ms, num_rows, hidden_size, len(part), crc32(rows)
+    )
+    padded = part + bytes(-len(part) % _ALIGNMENT)
+    return b"".join((fields, _CHECKSUM.pack(_head_checksum(fields, padded), 0), padded, rows))
 
 
-def _varint_at(frame: bytes, begin: int) -> tuple[int, int]:
-    """(value, position after it); a value beyond the frame's end when there is none of at most five bytes."""
-    value = 0
-    for place, byte in enumerate(frame[begin : begin + 5]):
-        value |= (byte & 0x7F) << 7 * place
-        if byte < 0x80:
-            return value, begin + place + 1
-    return len(frame) + 1, len(frame)
+def split(frame: bytes, peer: str) -> Frame:
+    """The frame that `peer` sent, taken apart. Raises BadFrame when it is none, or its head is not as it was sent."""
+    if len(frame) < HEADER_BYTES:
+        raise BadFrame(peer, f"a frame of {len(frame)} bytes where a header takes {HEADER_BYTES}")
+    fields = _FIELDS.unpack_from(frame)
+    magic, kind, dtype, nothing, incarnation, seq, epoch, deadline_ms, num_rows, hidden_size, part_bytes, rows = fields
+    if magic != MAGIC:
+        raise BadFrame(peer, "bytes that are no frame")
+    rows_begin = HEADER_BYTES + part_bytes + -part_bytes % _ALIGNMENT
+    if rows_begin > len(frame):
+        raise BadFrame(peer, f"a part of {part_bytes} bytes in a frame of {len(frame)}")
+    view = memoryview(frame)
+    checksum, nothing_more = _CHECKSUM.unpack_from(frame, _FIELDS.size)
+    if checksum != _head_checksum(view[: _FIELDS.size], view[HEADER_BYTES:rows_begin]) or nothing or nothing_more:
+        raise BadFrame(peer, "a frame whose head was damaged on its way")
+    header = Header(kind, incarnation, seq, epoch, deadline_ms, dtype, num_rows, hidden_size)
+    return Frame(header, view[HEADER_BYTES : HEADER_BYTES + part_bytes], view[rows_begin:], rows)
+
+
+def _head_checksum(fields: bytes | memoryview, padded_part: bytes | memoryview) -> int:
+    return zlib.crc32(padded_part, zlib.crc32(fields))

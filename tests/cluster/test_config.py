@@ -66,6 +66,13 @@ def test_blocks_fit_chunks_where_they_can(chunk_size: int | None, block_size: in
         ({"model_dir": ""}, "model_dir", "folder"),
         ({"prefix_cache": "false"}, "prefix-cache", "true or false"),
         ({"prefix_cache": 1}, "prefix-cache", "true or false"),
+        ({"tls_cert": "/c.pem", "tls_key": "/k.pem"}, "tls-ca", "with the other two"),
+        ({"tls_ca": "/c.pem"}, "tls-cert", "with the other two"),
+        ({"tls_ca": 3}, "tls-ca", "text"),
+        ({"insecure_rows": "yes"}, "insecure-rows", "true or false"),
+        ({"host_bind": "0.0.0.0"}, "host-bind", "loopback address, unless tls-cert"),
+        ({"host_advertise": "gate.example"}, "host-advertise", "loopback address, unless tls-cert"),
+        ({"host_bind": "127.0.0.1", "node_address": "10.0.0.7"}, "node-address", "loopback address, unless"),
     ],
 )
 def test_bad_values_are_refused_by_name(given_values: dict[str, object], field: str, rule: str) -> None:
@@ -121,10 +128,40 @@ def test_only_what_shapes_the_hosts_is_in_the_digest() -> None:
     assert base.digest() != ServeSettings(model_dir=Path("/n"), hosts=2).digest()
 
 
+TLS = {"tls_cert": "c.pem", "tls_key": "k.pem", "tls_ca": "/ca.pem"}
+
+
+@pytest.mark.parametrize(
+    "allowing", [TLS, {"insecure_rows": True}, {"transport": "local"}], ids=["tls", "told", "none"]
+)
+def test_rows_travel_between_machines_only_when_guarded_or_told_so(allowing: dict[str, object]) -> None:
+    elsewhere = {"host_bind": "0.0.0.0", "host_advertise": "gate.example", "node_address": "10.0.0.7"}
+    parse_settings({"model_dir": "/m", **elsewhere, **allowing}).check_rows_on("10.0.0.8")
+    with pytest.raises(InvalidInput, match="must be a loopback address"):
+        parse_settings({"model_dir": "/m", **elsewhere})
+
+
+def test_a_node_that_is_found_later_is_held_to_the_same_rule() -> None:
+    at_home = parse_settings({"model_dir": "/m", "ray_address": "auto"})
+    at_home.check_rows_on("127.0.0.1")
+    with pytest.raises(InvalidInput, match=r"ray-address: must be a loopback address.*10\.0\.0\.8"):
+        at_home.check_rows_on("10.0.0.8")
+    proxied = parse_settings({"model_dir": "/m", "host_bind": "127.0.0.1", "host_advertise": "127.0.0.1"})
+    proxied.check_rows_on("10.0.0.8")
+
+
+def test_files_of_tls_are_the_same_from_any_folder() -> None:
+    settings = parse_settings({"model_dir": "/m", **TLS})
+    assert (settings.tls_cert, settings.tls_ca) == (str(Path("c.pem").absolute()), "/ca.pem")
+    assert settings.has_tls and settings.digest() != parse_settings({"model_dir": "/m"}).digest()
+    with pytest.raises(InvalidInput, match="tls-cert: must be a file that can be read"):
+        settings.identity()
+
+
 def test_advertised_addresses_stand_apart_from_bound_ones() -> None:
     plain = ServeSettings(model_dir=Path("/m"))
     assert advertised_host(plain, "10.0.0.7", 7100) == "10.0.0.7:7100"
-    named = ServeSettings(model_dir=Path("/m"), host_bind="0.0.0.0", host_advertise="gate.example")
+    named = ServeSettings(model_dir=Path("/m"), host_bind="0.0.0.0", host_advertise="gate.example", insecure_rows=True)
     assert advertised_host(named, "10.0.0.7", 7100) == "gate.example:7100"
     proxied = ServeSettings(
         model_dir=Path("/m"), hosts=2, host_ports=range(7100, 7110), host_advertise="127.0.0.1:7200-7209"

@@ -5,11 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
 import pytest
+from certificates import Authority, needs_openssl
 
 from cluster.control.grpc_server import ControlServer, Listener
 from cluster.control.journal import JournalFile
@@ -19,6 +20,7 @@ from experts.errors import ControllerUnreachable, InvalidInput
 from experts.grpc_control import HostLink, MemberLink, ask_drain, ask_shutdown, fetch_status
 from experts.placement import ClusterView, ExpertKey
 from experts.reports import HostOrder, HostReport, MemberKind, MemberReport
+from experts.tls import Identity
 
 HOSTS = ("h0", "h1")
 TARGET = pack(layers=[0, 1], num_experts=4, hosts=HOSTS, num_replicas=1)
@@ -59,14 +61,14 @@ class World:
         self.server: ControlServer | None = None
         self.address = ""
 
-    def begin(self, port: int = 0, timing: Timing | None = None) -> None:
+    def begin(self, port: int = 0, timing: Timing | None = None, tls: Identity | None = None) -> None:
         self.server = ControlServer(
             name="herd",
             journal=self.journal,
             fresh=Journal(digest="d", target=TARGET),
             hosts=HOSTS,
             executor=self.executor,
-            listener=Listener(port=port),
+            listener=Listener(port=port, tls=tls),
             node="127.0.0.1",
             timing=timing,
         )
@@ -102,10 +104,12 @@ class FakeHost:
 class FakeMember:
     """A router that keeps every view."""
 
-    def __init__(self, name: str, world: World, kind: MemberKind = MemberKind.ROUTER) -> None:
+    def __init__(
+        self, name: str, world: World, kind: MemberKind = MemberKind.ROUTER, tls: Identity | None = None
+    ) -> None:
         self.views: list[ClusterView] = []
         report = MemberReport(kind=kind, name=name, address="127.0.0.1:9", running=2, http="http://x")
-        self.link = MemberLink(resolve=world.resolve, report=lambda: report, on_view=self.views.append)
+        self.link = MemberLink(resolve=world.resolve, report=lambda: report, on_view=self.views.append, tls=tls)
 
     @property
     def epoch(self) -> int:
@@ -263,6 +267,27 @@ def test_shutdown_reaches_the_executor(world: World) -> None:
 def test_nobody_answers_is_an_error_with_a_name() -> None:
     with pytest.raises(ControllerUnreachable):
         fetch_status("127.0.0.1:1", timeout_s=2.0)
+
+
+@needs_openssl
+def test_with_tls_strangers_are_not_answered(tmp_path: Path) -> None:
+    ours = Authority(tmp_path / "ours").issue("ours").identity()
+    theirs = replace(Authority(tmp_path / "theirs").issue("theirs").identity(), ca=ours.ca)
+    guarded = World(tmp_path)
+    guarded.begin(tls=ours)
+    try:
+        assert fetch_status(guarded.address, tls=ours).name == "herd"
+        with pytest.raises(ControllerUnreachable, match="perhaps it wants TLS"):
+            fetch_status(guarded.address)
+        with pytest.raises(ControllerUnreachable, match="each end wants to see a certificate"):
+            fetch_status(guarded.address, tls=theirs)
+        member, stranger = FakeMember("r0", guarded, tls=ours), FakeMember("r1", guarded, tls=theirs)
+        with linked(member, stranger):
+            until(lambda: bool(member.views) and "r0" in member.views[-1].routers, "the member is linked")
+        assert [router.name for router in fetch_status(guarded.address, tls=ours).routers] == ["r0"]
+        assert stranger.views == []
+    finally:
+        guarded.end()
 
 
 def test_nonsense_on_the_wire_ends_only_its_own_stream(world: World) -> None:

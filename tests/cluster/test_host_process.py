@@ -139,7 +139,7 @@ def test_an_expert_that_cannot_be_read_is_named_and_the_others_are_served(world:
 def test_what_keeps_a_host_from_beginning_reaches_the_status(world: World) -> None:
     tell = threading.Thread(
         target=tell_failure,
-        args=("host-1",),
+        args=(ServeSettings(model_dir=Path("/m")), "host-1"),
         kwargs={"node": "n", "resolve": lambda: world.address, "problem": "no such folder", "for_s": 2.0},
     )
     tell.start()

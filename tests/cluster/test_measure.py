@@ -326,9 +326,10 @@ def test_what_cannot_be_measured_is_said_first(
 
 
 def test_bench_dispatch() -> None:
-    results = bench_dispatch(hidden=32, rows=(1, 5), rounds=3)
+    results = bench_dispatch(hidden=(32,), rows=(1, 5), rounds=3)
     assert [(one.rows, one.hidden) for one in results] == [(1, 32), (5, 32)]
     assert all(one.dispatch_p99_us >= one.dispatch_p50_us > 0 and one.echo_p50_us > 0 for one in results)
+    assert all(one.ratio == round(one.dispatch_p50_us / one.echo_p50_us, 2) for one in results)
 
 
 def test_reports(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -30,20 +31,28 @@ from expert_hosts import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experts.errors import BadFrame, DeadlinePassed, HostLost, InvalidInput
+from experts.errors import BadFrame, DeadlinePassed, HostLost, InvalidInput, NotHosted, TransportError
 from experts.link_terms import LinkTerms
 from experts.placement import HostInfo
 from experts.transport.base import Shipment
 from experts.transport.grpc_client import GrpcTransport
 from experts.transport.grpc_link import Reconnect
 from experts.transport.grpc_server import ExpertHostServer, serve_expert_host
-from experts.wire.codec import encode_hello, encode_host_hello, encode_result, encode_shipment
-from experts.wire.expert_pb2 import Error, ExchangeRequest, ExchangeResponse
-from experts.wire.expert_pb2_grpc import ExpertHostServiceStub
+from experts.wire.codec import (
+    decode_error,
+    decode_host_hello,
+    encode_error,
+    encode_hello,
+    encode_host_hello,
+    encode_result,
+    encode_shipment,
+)
+from experts.wire.frames import Frame, Header, Kind, join, split
 
 FIRST = (1, 0)
 LOCALHOST = "127.0.0.1"
 FAST = Reconnect(first_s=0.01, longest_s=0.05, refused_s=0.05)
+SLOW = Reconnect(first_s=3600.0, longest_s=3600.0)
 NEVER_AGAIN = Reconnect(first_s=0.01, longest_s=0.05, refused_s=3600.0)
 EXCHANGE = "/herd.expert.v1.ExpertHostService/Exchange"
 
@@ -147,25 +156,36 @@ class Stranger:
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
-        self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        exchange = self._channel.stream_stream(EXCHANGE, None, ExchangeResponse.FromString)
-        self._answers = exchange(iter(self._frames.get, None), timeout=PATIENCE_S)
+        self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        exchange = self._channel.stream_stream(EXCHANGE)
+        self._answers = exchange(iter(self._messages.get, None), timeout=PATIENCE_S)
 
-    def send(self, *frames: ExchangeRequest | bytes) -> None:
-        for frame in frames:
-            self._frames.put(frame if isinstance(frame, bytes) else frame.SerializeToString())
+    def send(self, *messages: bytes) -> None:
+        for message in messages:
+            self._messages.put(message)
 
-    def answer(self) -> ExchangeResponse | None:
+    def answer(self) -> Frame | None:
         """The next answer; None at the end of the stream, which must come by itself."""
         try:
-            answer: ExchangeResponse | None = next(self._answers, None)
+            message = next(self._answers, None)
         except grpc.RpcError as error:
             assert error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
             return None
-        return answer
+        return None if message is None else split(message, "host")
+
+    def error(self) -> tuple[int, TransportError]:
+        """The number and the error of the next answer."""
+        frame = self.answer()
+        assert frame is not None and frame.header.kind == Kind.ERROR
+        return frame.header.seq, decode_error(frame, "host")
+
+    def greet(self) -> None:
+        self.send(HELLO)
+        frame = self.answer()
+        assert frame is not None and decode_host_hello(frame, "host").host_name == "a"
 
     def close(self) -> None:
-        self._frames.put(None)
+        self._messages.put(None)
         self._channel.close()
 
 
@@ -186,31 +206,40 @@ def stranger(serve: Serve) -> Iterator[Callable[[], Stranger]]:
 HELLO = encode_hello(make_terms(), "stranger")
 
 
-def frame_of(seq: int, rows: bytes | None = None, **changes: Any) -> ExchangeRequest:
-    request = ExchangeRequest.FromString(encode_shipment(seq, make_shipment({FIRST: 2}), 10.0))
-    if rows is not None:
-        request.rows = rows
-    for name, value in changes.items():
-        setattr(request.shipment, name, value)
-    return request
+def shipment_of(seq: int, remaining_s: float = 10.0) -> bytes:
+    return encode_shipment(seq, make_shipment({FIRST: 2}), remaining_s)
+
+
+def lying_shipment(seq: int, rows: bytes | None = None, **changes: int) -> bytes:
+    """A shipment whose checksums are right and whose words are not."""
+    frame = split(shipment_of(seq), "test")
+    return join(frame.header._replace(**changes), bytes(frame.part), frame.rows if rows is None else rows)
+
+
+def damage(message: bytes, place: int, bit: int = 0) -> bytes:
+    damaged = bytearray(message)
+    damaged[place] ^= 1 << bit
+    return bytes(damaged)
 
 
 def test_the_first_message_must_be_a_hello(stranger: Callable[[], Stranger]) -> None:
-    for first in (frame_of(1), ExchangeRequest(), b""):
+    for first in (shipment_of(1), join(Header(Kind.HOST_HELLO))):
         one = stranger()
         one.send(first)
-        answer = one.answer()
-        assert answer is not None and answer.error.kind == Error.KIND_BAD_FRAME
-        assert "must be a hello" in answer.error.message
+        seq, error = one.error()
+        assert seq == 0 and isinstance(error, BadFrame) and "must be a hello" in error.problem
         assert one.answer() is None
 
 
-def test_a_second_hello_ends_the_stream(stranger: Callable[[], Stranger]) -> None:
+@pytest.mark.parametrize(
+    "second", [HELLO, shipment_of(0), join(Header(Kind.RESULT, seq=1))], ids=["hello", "0", "result"]
+)
+def test_what_is_no_shipment_ends_the_stream(stranger: Callable[[], Stranger], second: bytes) -> None:
     one = stranger()
-    one.send(HELLO, HELLO)
-    first, second = one.answer(), one.answer()
-    assert first is not None and first.hello.host_name == "a"
-    assert second is not None and second.error.kind == Error.KIND_BAD_FRAME
+    one.greet()
+    one.send(second)
+    seq, error = one.error()
+    assert seq == 0 and isinstance(error, BadFrame)
     assert one.answer() is None
 
 
@@ -218,45 +247,73 @@ def test_a_bad_shipment_is_answered_by_its_number_and_the_stream_goes_on(
     host: GatedHost, stranger: Callable[[], Stranger]
 ) -> None:
     one = stranger()
-    one.send(HELLO, frame_of(7, rows=b"short"), frame_of(8, num_rows=2**32 - 1), frame_of(9))
-    assert one.answer() is not None
-    for seq in (7, 8):
-        answer = one.answer()
-        assert answer is not None
-        assert (answer.error.seq, answer.error.kind) == (seq, Error.KIND_BAD_FRAME)
+    one.greet()
+    one.send(
+        lying_shipment(7, rows=b"short"),
+        lying_shipment(8, num_rows=2**32 - 1),
+        damage(shipment_of(9), -1),
+        shipment_of(10)[:-4],
+        shipment_of(11),
+    )
+    for expected in (7, 8, 9, 10):
+        seq, error = one.error()
+        assert seq == expected and isinstance(error, BadFrame)
     answer = one.answer()
-    assert answer is not None and (answer.result.seq, answer.result.num_rows) == (9, 2)
+    assert answer is not None and (answer.header.seq, answer.header.num_rows) == (11, 2)
     assert host.num_computed == 1
 
 
 def test_a_shipment_that_comes_too_late_is_not_computed(host: GatedHost, stranger: Callable[[], Stranger]) -> None:
     one = stranger()
-    one.send(HELLO, frame_of(7, deadline_ms=0))
-    assert one.answer() is not None
-    answer = one.answer()
-    assert answer is not None and (answer.error.seq, answer.error.kind) == (7, Error.KIND_EXPIRED)
+    one.greet()
+    one.send(shipment_of(7, remaining_s=0.0), lying_shipment(8, deadline_ms=0))
+    for expected in (7, 8):
+        seq, error = one.error()
+        assert seq == expected and isinstance(error, DeadlinePassed)
     assert host.num_computed == 0
 
 
-def test_unreadable_frames_end_their_stream_only(stranger: Callable[[], Stranger]) -> None:
-    frames = [b"\xff" * 40, pickle.dumps({"rows": [1, 2, 3]}), b"\x12\x05abc", bytes(1000)]
+def test_answers_bear_the_life_of_the_host_and_what_they_answer(serve: Serve) -> None:
+    one = Stranger(serve(incarnation=2**63 + 5).address)
+    epoch_of = {1: 3, 2: 2**64 - 1, 3: 0}
+    one.send(HELLO)
+    first = one.answer()
+    assert first is not None and first.header.incarnation == 2**63 + 5
+    for seq, epoch in epoch_of.items():
+        keys = {FIRST: 1} if seq < 3 else {(9, 9): 1}
+        one.send(encode_shipment(seq, replace(make_shipment(keys), epoch=epoch), 1.0))
+        answer = one.answer()
+        assert answer is not None
+        header = answer.header
+        assert (header.incarnation, header.seq, header.epoch) == (2**63 + 5, seq, epoch)
+    assert answer is not None and isinstance(decode_error(answer, "host"), NotHosted)
+    one.close()
+
+
+def test_unreadable_frames_end_their_stream_only(host: GatedHost, stranger: Callable[[], Stranger]) -> None:
+    sound = shipment_of(1)
+    frames = [b"\xff" * 40, pickle.dumps({"rows": [1, 2, 3]}), b"\x12\x05abc", bytes(1000), sound[:70]]
+    # The head of a shipment of one segment: header, segment, zeros.
+    damaged = st.builds(damage, st.just(sound), st.integers(0, 79), st.integers(0, 7))
 
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(st.one_of(st.sampled_from(frames), st.binary(min_size=1, max_size=60)))
+    @given(st.one_of(st.sampled_from(frames), st.binary(min_size=1, max_size=60), damaged))
     def send(frame: bytes) -> None:
         one = stranger()
-        one.send(HELLO, frame)
-        assert one.answer() is not None
-        answer = one.answer()
-        assert answer is not None and answer.error.kind in (Error.KIND_BAD_FRAME, Error.KIND_EXPIRED)
+        one.greet()
+        one.send(frame)
+        seq, error = one.error()
+        assert seq == 0 and isinstance(error, BadFrame)
+        assert one.answer() is None
         one.close()
 
     send()
+    assert host.num_computed == 0
     friend = stranger()
-    friend.send(HELLO, frame_of(1))
-    assert friend.answer() is not None
+    friend.greet()
+    friend.send(shipment_of(1))
     answer = friend.answer()
-    assert answer is not None and answer.result.num_rows == 2
+    assert answer is not None and answer.header.num_rows == 2
 
 
 # Hosts that break the protocol: a scripted one
@@ -266,16 +323,16 @@ def test_unreadable_frames_end_their_stream_only(stranger: Callable[[], Stranger
 def scripted() -> Iterator[Callable[..., str]]:
     servers = []
 
-    def start(*answers: Callable[[int], bytes]) -> str:
-        """A host that answers its n-th shipment with what the n-th function makes of its number."""
+    def start(*answers: Callable[[Header], bytes], incarnation: int = 1) -> str:
+        """A host that answers its n-th shipment with what the n-th function makes of its header."""
 
-        def exchange(requests: Iterator[ExchangeRequest], _context: object) -> Iterator[bytes]:
-            next(requests)
-            yield encode_host_hello("a", 1, 1 << 20)
-            for request, answer in zip(requests, answers, strict=False):
-                yield answer(request.shipment.seq)
+        def exchange(messages: Iterator[bytes], _context: object) -> Iterator[bytes]:
+            next(messages)
+            yield encode_host_hello("a", incarnation, 1 << 20)
+            for message, answer in zip(messages, answers, strict=False):
+                yield answer(split(message, "router").header)
 
-        handler = grpc.stream_stream_rpc_method_handler(exchange, ExchangeRequest.FromString)
+        handler = grpc.stream_stream_rpc_method_handler(exchange)
         server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
         service = grpc.method_handlers_generic_handler("herd.expert.v1.ExpertHostService", {"Exchange": handler})
         server.add_generic_rpc_handlers((service,))
@@ -289,41 +346,108 @@ def scripted() -> Iterator[Callable[..., str]]:
         server.stop(None).wait()
 
 
+def ones(asked: Header, incarnation: int = 1) -> bytes:
+    return encode_result(incarnation, asked, torch.ones(2, HIDDEN))
+
+
 def test_an_answer_of_the_wrong_shape_is_a_bad_frame(scripted: Callable[..., str], link: LinkTo) -> None:
     transport = link(
         scripted(
-            lambda seq: encode_result(seq, torch.zeros(3, HIDDEN)),
-            lambda seq: encode_result(seq, torch.zeros(2, HIDDEN + 1)),
-            lambda seq: encode_result(seq, torch.zeros(2, HIDDEN, dtype=torch.float16)),
-            lambda seq: ExchangeResponse(error=Error(seq=seq, kind=Error.KIND_UNSPECIFIED)).SerializeToString(),
-            lambda seq: encode_result(seq, torch.ones(2, HIDDEN)),
+            lambda asked: encode_result(1, asked, torch.zeros(3, HIDDEN)),
+            lambda asked: encode_result(1, asked, torch.zeros(2, HIDDEN + 1)),
+            lambda asked: encode_result(1, asked, torch.zeros(2, HIDDEN, dtype=torch.float16)),
+            lambda asked: join(Header(Kind.ERROR, 1, asked.seq)),
+            ones,
         )
     )
     wait_linked(transport)
     for _ in range(4):
         assert isinstance(ask(transport, "a", make_shipment({FIRST: 2}), soon()), BadFrame)
-    result = ask(transport, "a", make_shipment({FIRST: 2}), soon())
+    assert_ones(ask(transport, "a", make_shipment({FIRST: 2}), soon()))
+
+
+def assert_ones(result: torch.Tensor | TransportError) -> None:
     assert isinstance(result, torch.Tensor) and torch.equal(result, torch.ones(2, HIDDEN))
 
 
-def test_an_answer_that_nobody_asked_for_is_dropped(scripted: Callable[..., str], link: LinkTo) -> None:
-    transport = link(
-        scripted(
-            lambda seq: encode_result(seq + 1000, torch.zeros(2, HIDDEN)),
-            lambda seq: encode_result(seq, torch.ones(2, HIDDEN)),
-        )
-    )
+@pytest.mark.parametrize("bit", range(8))
+def test_damaged_rows_of_an_answer_are_a_bad_frame(scripted: Callable[..., str], link: LinkTo, bit: int) -> None:
+    transport = link(scripted(lambda asked: damage(ones(asked), -1 - bit, bit), lambda asked: ones(asked)[:-1], ones))
+    wait_linked(transport)
+    for _ in range(2):
+        assert isinstance(ask(transport, "a", make_shipment({FIRST: 2}), soon()), BadFrame)
+    assert_ones(ask(transport, "a", make_shipment({FIRST: 2}), soon()))
+
+
+@pytest.mark.parametrize("place", [0, 4, 5, 6, 8, 16, 24, 32, 36, 40, 44, 48, 52, 56, 63])
+def test_a_damaged_head_of_an_answer_ends_the_stream_and_another_follows(
+    scripted: Callable[..., str], link: LinkTo, place: int
+) -> None:
+    transport = link(scripted(lambda asked: damage(ones(asked), place) if asked.seq == 1 else ones(asked)))
+    wait_linked(transport)
+    assert isinstance(ask(transport, "a", make_shipment({FIRST: 2}), soon()), HostLost)
+    wait_linked(transport)
+    assert_ones(ask(transport, "a", make_shipment({FIRST: 2}), soon()))
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        lambda asked: ones(asked._replace(seq=asked.seq + 1000)),
+        lambda asked: ones(asked, incarnation=0),
+        lambda asked: encode_error(2, asked, NotHosted("a", [FIRST])),
+        lambda asked: encode_error(1, None, BadFrame("a", "odd bytes")),
+    ],
+    ids=["another seq", "an older life", "a newer life", "no shipment"],
+)
+def test_an_answer_that_nobody_asked_for_is_dropped(
+    scripted: Callable[..., str], link: LinkTo, caplog: pytest.LogCaptureFixture, foreign: Callable[[Header], bytes]
+) -> None:
+    transport = link(scripted(foreign, ones))
     wait_linked(transport)
     unanswered = transport.send("a", make_shipment({FIRST: 2}), time.monotonic() + 0.2)
     answered = transport.send("a", make_shipment({FIRST: 2}), soon())
     results = collect(transport, [unanswered, answered])
     assert isinstance(results[unanswered], DeadlinePassed)
-    assert isinstance(results[answered], torch.Tensor)
+    assert_ones(results[answered])
+    assert "an answer to nothing that was asked" in caplog.text
+
+
+def test_the_second_of_two_answers_is_dropped(
+    scripted: Callable[..., str], link: LinkTo, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked_first: list[Header] = []
+
+    def again(asked: Header) -> bytes:
+        return encode_result(1, asked_first[0], torch.zeros(2, HIDDEN))
+
+    transport = link(scripted(lambda asked: asked_first.append(asked) or ones(asked), again, ones))
+    wait_linked(transport)
+    assert_ones(ask(transport, "a", make_shipment({FIRST: 2}), soon()))
+    unanswered = transport.send("a", make_shipment({FIRST: 2}), time.monotonic() + 0.2)
+    answered = transport.send("a", make_shipment({FIRST: 2}), soon())
+    results = collect(transport, [unanswered, answered])
+    assert isinstance(results[unanswered], DeadlinePassed)
+    assert_ones(results[answered])
+    assert "an answer to nothing that was asked: a result" in caplog.text
+
+
+def test_a_life_that_the_view_tells_of_later_keeps_its_link(scripted: Callable[..., str], link: LinkTo) -> None:
+    address = scripted(ones, lambda asked: ones(asked, 2), lambda asked: ones(asked, 2), incarnation=2)
+    transport = link(address)
+    wait_linked(transport)
+    # The view told of life 1; life 2 has taken its place, and says so in its answers.
+    lost = transport.send("a", make_shipment({FIRST: 2}), time.monotonic() + 0.2)
+    assert isinstance(collect(transport, [lost])[lost], DeadlinePassed)
+    under_way = transport.send("a", make_shipment({FIRST: 2}), soon())
+    transport.connect({"a": HostInfo(name="a", incarnation=2, address=address)})
+    assert_ones(collect(transport, [under_way])[under_way])
+    assert_ones(ask(transport, "a", make_shipment({FIRST: 2}), soon()))
 
 
 @pytest.mark.parametrize("nonsense", [encode_host_hello("a", 1, 1 << 20), b"", b"\xff" * 9], ids=["hello", "", "ff"])
 def test_a_host_that_talks_nonsense_loses_its_link(scripted: Callable[..., str], link: LinkTo, nonsense: bytes) -> None:
-    transport = link(scripted(lambda seq: nonsense), reconnect=NEVER_AGAIN)
+    transport = link(scripted(lambda asked: nonsense), reconnect=SLOW)
     wait_linked(transport)
     assert isinstance(ask(transport, "a", make_shipment({FIRST: 2}), soon()), HostLost)
     assert transport.linked() == frozenset()
@@ -420,13 +544,6 @@ def test_a_taken_port_is_an_error_and_a_range_is_searched(serve: Serve) -> None:
     assert server.address == f"{LOCALHOST}:{server.port}"
     with pytest.raises(InvalidInput):
         serve(ports=range(server.port, server.port + 1))
-
-
-def test_the_stock_stub_is_understood(serve: Serve) -> None:
-    with grpc.insecure_channel(serve().address) as channel:
-        requests = [ExchangeRequest.FromString(HELLO), frame_of(3)]
-        hello, answer = ExpertHostServiceStub(channel).Exchange(iter(requests))
-    assert (hello.hello.host_name, answer.result.seq, len(answer.rows)) == ("a", 3, 2 * HIDDEN * 4)
 
 
 def test_stopping_lets_the_current_answer_out(host: GatedHost, serve: Serve, link: LinkTo) -> None:

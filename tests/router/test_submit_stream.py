@@ -10,14 +10,17 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
+from certificates import Authority, needs_openssl
 from scripted_router import PATIENCE_S, VOCAB_SIZE, ScriptedEngine, answer, scored
 
 from experts.errors import ContextOverflow, InvalidInput, Overloaded
 from experts.placement import RouterInfo
+from experts.tls import Identity
 from router.engine.images import ImageInput
 from router.engine.request import Event, FinishEvent, FinishReason, SamplingParams, TokenEvent
 from router.grpc_client import RouterPool
@@ -35,8 +38,8 @@ HELD = 5
 
 
 @contextmanager
-def served(engine: ScriptedEngine) -> Iterator[RouterServer]:
-    server = RouterServer(engine, beat_s=0.05)
+def served(engine: ScriptedEngine, tls: Identity | None = None) -> Iterator[RouterServer]:
+    server = RouterServer(engine, beat_s=0.05, tls=tls)
     server.start()
     try:
         yield server
@@ -62,11 +65,13 @@ def view(**addresses: str) -> dict[str, RouterInfo]:
     return {name: RouterInfo(name=name, address=address) for name, address in addresses.items()}
 
 
-def run(test: Callable[[RouterPool], Awaitable[None]], *, silence_s: float = PATIENCE_S) -> None:
+def run(
+    test: Callable[[RouterPool], Awaitable[None]], *, silence_s: float = PATIENCE_S, tls: Identity | None = None
+) -> None:
     """Run a test's coroutine with a pool that is closed after it."""
 
     async def main() -> None:
-        pool = RouterPool(silence_s=silence_s, probe_interval_s=0.05, expiry_grace_s=0.1)
+        pool = RouterPool(silence_s=silence_s, probe_interval_s=0.05, expiry_grace_s=0.1, tls=tls)
         async with asyncio.timeout(2 * PATIENCE_S), aclosing(pool):
             await test(pool)
 
@@ -126,6 +131,28 @@ def test_a_stream_is_all_tokens_in_order_and_one_finish() -> None:
 
     with served(engine) as server:
         run(scenario)
+
+
+@needs_openssl
+def test_with_tls_strangers_get_no_tokens(tmp_path: Path) -> None:
+    ours = Authority(tmp_path / "ours").issue("ours").identity()
+    theirs = replace(Authority(tmp_path / "theirs").issue("theirs").identity(), ca=ours.ca)
+    engine = ScriptedEngine()
+
+    async def member(pool: RouterPool) -> None:
+        pool.connect(view(a=server.address))
+        assert await drain(submit(pool)) == whole_answer()
+
+    async def stranger(pool: RouterPool) -> None:
+        pool.connect(view(a=server.address))
+        [finish] = await drain(submit(pool, request_id="strange", timeout_s=0.5))
+        assert isinstance(finish, FinishEvent) and finish.reason is FinishReason.ERROR
+
+    with served(engine, tls=ours) as server:
+        run(member, tls=ours)
+        for tls in (None, theirs):
+            run(stranger, tls=tls)
+    assert {request_id for request_id, _ in engine.submitted} == {"r"}
 
 
 def test_logprobs_priority_and_salt_survive_the_death_of_a_router() -> None:
