@@ -23,7 +23,12 @@ def noticed(status: ClusterStatus, host: str, since: float) -> float | None:
 
     Instants are those of `time.time()`.
     """
-    first_of_each = [min(times) for times in (_times(page, host, since) for page in _pages(status)) if times]
+    return noticed_in(_pages(status), host, since)
+
+
+def noticed_in(pages: Iterable[str], host: str, since: float) -> float | None:
+    """The same from the routers' metrics `pages`."""
+    first_of_each = [min(times) for times in (_times(page, host, since) for page in pages) if times]
     return max(first_of_each, default=None)
 
 
