@@ -183,6 +183,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     dispatch.set_defaults(run=_bench_dispatch)
     dispatch.add_argument("--hidden", metavar="H,…", default="1024,5120", help="widths of a row (1024,5120)")
     dispatch.add_argument("--json", metavar="FILE", help="as above")
+    decisions = kinds.add_parser("decisions", help="what deciding where rows go costs while all is well")
+    decisions.set_defaults(run=_bench_decisions)
+    decisions.add_argument("--json", metavar="FILE", help="as above")
 
 
 def _add_drill(parser: argparse.ArgumentParser) -> None:
@@ -376,4 +379,12 @@ def _bench_dispatch(options: argparse.Namespace) -> int:
 
     check_result_file(options.json)
     print_results(bench_dispatch(parse_counts("hidden", options.hidden)), options.json)
+    return 0
+
+
+def _bench_decisions(options: argparse.Namespace) -> int:
+    from cluster.measure.decisions import bench_decisions
+    from cluster.measure.report import print_results
+
+    print_results(bench_decisions(), options.json)
     return 0

@@ -102,6 +102,7 @@ class HostProcess:
             held_bytes=self.host.held_bytes,
             rows_total=self.host.rows_total,
             problem=self._problem,
+            cost=self.host.cost,
         )
 
     def numbers(self) -> HostNumbers:
@@ -159,6 +160,8 @@ class HostProcess:
                 failures[key] = error
         for key in self.host.held() - order.target:
             self.host.evict(key)
+        if self.host.cost is None:
+            self.host.measure()
         self._problem = _summary(failures)
         if failures:
             log.error("host %s: %s", self.name, self._problem)

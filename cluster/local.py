@@ -106,14 +106,15 @@ def build_engine(
     experts: RoutedExperts,
     available: Callable[[frozenset[ExpertKey]], bool],
     *,
+    begin_step: Callable[[float], None] = lambda give_up_at: None,
     at_hand: ExpertsAtHand | None = None,
     meter: Meter | None = None,
     wrap: Callable[[Runner], Runner] = lambda runner: runner,
 ) -> Engine:
     """Load trunk and vision tower and put an engine around them, not started. Raises CheckpointError, InvalidInput.
 
-    `at_hand` are the same experts for steps in fixed shapes, where they are in this process. `meter` and `wrap` let a
-    bench look on.
+    `available` and `begin_step` are the engine's. `at_hand` are the same experts for steps in fixed shapes, where they
+    are in this process. `meter` and `wrap` let a bench look on.
     """
     layout = plan_kv(model, settings)
     capacity = layout.capacity_tokens(model.config.max_position)
@@ -146,6 +147,7 @@ def build_engine(
         runner=wrap(runner),
         vocab_size=model.config.vocab_size,
         available=available,
+        begin_step=begin_step,
         image_rules=image_rules(model.config),
     )
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from threading import Thread
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -23,11 +24,14 @@ from experts.reports import ClusterStatus
 
 if TYPE_CHECKING:
     # At run time only their attributes are read: the controller's page must not load torch.
-    from router.dispatch import DispatchStats
+    from router.dispatch_stats import DispatchStats
     from router.engine.engine import EngineStats
     from router.engine.kv_cache import KVNumbers
 
 Families = Iterable[Metric]
+
+HOST_STATES = ("up", "returning", "suspect", "fenced", "silent", "down")
+"""Those of `router.failover.events.HostState`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +146,41 @@ def _dispatch_families(stats: DispatchStats) -> Iterator[Metric]:
     yield _counter("herd_router_dispatches", "Layers whose rows were sent to hosts.", value=stats.dispatches)
     yield _counter("herd_router_dispatch_wait_seconds", "Time spent waiting for hosts.", value=stats.wait_s)
     yield _counter("herd_router_shipments", "Shipments sent.", value=stats.shipments)
-    yield _counter("herd_router_resends", "Shipments sent once more.", value=stats.resends)
+    yield _counter("herd_router_resends", "Shipments sent once more, hedges among them.", value=stats.resends)
+    yield _counter("herd_router_probes", "Signs of life asked of hosts out of use.", value=stats.probes)
     yield _counter("herd_router_rows_sent", "Rows sent to hosts.", value=stats.rows_sent)
     yield _counter("herd_router_rows_lost", "Rows that left a step without their expert.", value=stats.rows_lost)
-    failures = _counter("herd_router_shipment_failures", "Shipments without a result, by error.", ("error",))
-    for error, count in dict(stats.failures).items():
-        failures.add_metric([error], count)
-    yield failures
+    yield _counter("herd_router_decisions", "Calls of the failover machine.", value=stats.decisions)
+    yield _counter("herd_router_decision_seconds", "Time spent in them.", value=stats.decision_s)
+    yield _gauge("herd_router_placement_epoch", "Number of the placement that steps use.", value=stats.epoch)
+    yield _counters("herd_router_shipment_failures", "Shipments without a result, by error.", "error", stats.failures)
+    yield _counters("herd_router_hedges", "Shipments asked of a second host, by outcome.", "outcome", stats.hedges)
+    yield _counters("herd_router_failovers", "Shipments that another host had to do.", "reason", stats.failovers)
+    yield from _seen_host_families(stats)
+    yield _round_trips(stats)
+
+
+def _seen_host_families(stats: DispatchStats) -> Iterator[Metric]:
+    now = _gauge("herd_router_host_state", "1 for the state that a host is in, as seen here.", ("host", "state"))
+    for host, state in dict(stats.hosts).items():
+        for each in HOST_STATES:
+            now.add_metric([host, each], float(each == state))
+    yield now
+    text = "When a host last entered a state, as seen here."
+    entered = _gauge("herd_router_host_state_entered_timestamp_seconds", text, ("host", "state"))
+    for (host, state), at in dict(stats.entered_at).items():
+        entered.add_metric([host, state], at)
+    yield entered
+
+
+def _round_trips(stats: DispatchStats) -> Metric:
+    text = "From the dispatch of a layer's rows to their last answer."
+    family = HistogramMetricFamily("herd_router_dispatch_round_trip_seconds", text, labels=("layer",))
+    for layer, trips in dict(stats.round_trips).items():
+        totals = list(accumulate(trips.counts))
+        bounds = [*(str(bound) for bound in trips.bounds_s), "+Inf"]
+        family.add_metric([str(layer)], list(zip(bounds, totals, strict=True)), trips.total_s)
+    return family
 
 
 def ingress_families(numbers: IngressNumbers) -> Iterator[Metric]:
@@ -179,6 +211,13 @@ def controller_families(status: ClusterStatus) -> Iterator[Metric]:
 def _counter(name: str, text: str, labels: tuple[str, ...] = (), value: float | None = None) -> CounterMetricFamily:
     """Exported as `name`_total."""
     return CounterMetricFamily(name, text, value=value, labels=None if value is not None else labels)
+
+
+def _counters(name: str, text: str, label: str, counts: Mapping[str, int]) -> CounterMetricFamily:
+    family = _counter(name, text, (label,))
+    for value, count in dict(counts).items():
+        family.add_metric([str(value)], count)
+    return family
 
 
 def _gauge(name: str, text: str, labels: tuple[str, ...] = (), value: float | None = None) -> GaugeMetricFamily:

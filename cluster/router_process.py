@@ -22,6 +22,7 @@ from experts.placement import ClusterView, ExpertKey
 from experts.reports import HostReport, MemberKind, MemberReport
 from experts.transport.grpc_client import GrpcTransport
 from router.dispatch import RemoteExperts
+from router.engine.engine import Engine
 from router.grpc_server import RouterServer
 from router.local_experts import LocalExperts
 
@@ -35,30 +36,33 @@ class RouterProcess:
     def __init__(self, settings: ServeSettings, *, name: str, node: str, bind: str, resolve: Callable[[], str]) -> None:
         torch.set_num_threads(needs(settings, Role.ROUTER).threads)
         self.name = name
+        self._node = node
         self.model = open_model(settings.model_dir, settings.dtype)
         self._identity = settings.identity()
         self.experts = self._experts(settings)
-        available = self.experts.available if isinstance(self.experts, RemoteExperts) else _always
-        at_hand = self.experts.stacked if isinstance(self.experts, LocalExperts) else None
-        self.engine = build_engine(self.model, settings, self.experts, available, at_hand=at_hand)
+        self.engine = self._engine(settings)
         self.server = RouterServer(self.engine, bind=bind, ports=settings.router_ports, tls=self._identity)
         self.link = MemberLink(resolve=resolve, report=self.report, on_view=self._use, tls=self._identity)
         self.metrics = MetricsPage(lambda: router_families(self.numbers()), bind=bind, ports=settings.metrics_ports)
-        self._node = node
         self._incarnation = time.time_ns()
+
+    def _engine(self, settings: ServeSettings) -> Engine:
+        experts = self.experts
+        if isinstance(experts, LocalExperts):
+            return build_engine(self.model, settings, experts, _always, at_hand=experts.stacked)
+        return build_engine(self.model, settings, experts, experts.available, begin_step=experts.begin_step)
 
     def _experts(self, settings: ServeSettings) -> RemoteExperts | LocalExperts:
         if settings.transport == "local":
             return load_local_experts(self.model, settings)
-        return RemoteExperts(
-            GrpcTransport(
-                router_name=self.name,
-                terms=self.model.terms(),
-                on_change=lambda: self.engine.wake(),
-                tls=self._identity,
-                insecure=settings.insecure_rows,
-            )
+        transport = GrpcTransport(
+            router_name=self.name,
+            terms=self.model.terms(),
+            on_change=lambda: self.engine.wake(),
+            tls=self._identity,
+            insecure=settings.insecure_rows,
         )
+        return RemoteExperts(transport, node=self._node)
 
     def start(self) -> None:
         """Begin to serve and to tell the controller so."""

@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 
 from experts.arithmetic import Arithmetic, PlainArithmetic
+from experts.cost import measure_cost
 from experts.errors import HostFailed, NotHosted
 from experts.ffn import ExpertWeights
 from experts.load import LoadSnapshot, LoadWindow
-from experts.placement import ExpertKey
+from experts.placement import ComputeCost, ExpertKey
 from experts.transport.base import Shipment
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class ExpertHost:
         self._slots_lock = threading.Lock()
         self._compute_lock = threading.Lock()
         self._load = LoadWindow()
+        self._cost: ComputeCost | None = None
 
     def load(self, key: ExpertKey) -> None:
         """Read an expert into a slot; nothing happens when it is held. Raises CheckpointError."""
@@ -77,6 +79,24 @@ class ExpertHost:
     def load_snapshot(self) -> LoadSnapshot:
         """What was computed since the start."""
         return self._load.snapshot()
+
+    @property
+    def cost(self) -> ComputeCost | None:
+        """As measured; None before `measure`."""
+        return self._cost
+
+    def measure(self) -> None:
+        """Measure what an expert and a row cost, once there is something to measure with; shipments wait meanwhile."""
+        with self._slots_lock:
+            held = list(self._slots.values())
+        if not held:
+            return
+        with self._compute_lock:
+            try:
+                self._cost = measure_cost(self._arithmetic, held)
+            except Exception:
+                # Routers then assume something, and learn.
+                log.exception("what computing costs could not be measured")
 
     def compute(self, shipment: Shipment) -> torch.Tensor:
         """The experts' outputs for `shipment.rows_TH`, [T, H] in the same order and dtype.

@@ -26,6 +26,21 @@ class Placement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeCost:
+    """What a host's arithmetic takes, in seconds: an expert that is touched at all, and each of its rows besides.
+
+    Few rows cost what one costs, since the expert's weights are read once whatever their number.
+    """
+
+    per_expert_s: float
+    per_row_s: float
+
+    def of(self, num_experts: int, num_rows: int) -> float:
+        """Seconds for `num_rows` rows of `num_experts` experts."""
+        return num_experts * self.per_expert_s + num_rows * self.per_row_s
+
+
+@dataclass(frozen=True, kw_only=True)
 class HostInfo:
     """A host as the controller last saw it. `address` is where routers reach it ("ip:port").
 
@@ -45,6 +60,8 @@ class HostInfo:
     slots_target: int = 0
     rows_total: int = 0
     metrics_address: str = ""
+    cost: ComputeCost | None = None
+    """As the host measured it; None until it has."""
 
 
 @dataclass(frozen=True, kw_only=True)

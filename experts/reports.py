@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from experts.placement import ExpertKey, HostInfo, IngressInfo, RouterInfo
+from experts.placement import ComputeCost, ExpertKey, HostInfo, IngressInfo, RouterInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class HostReport:
     held_bytes: int = 0
     rows_total: int = 0
     problem: str = ""
+    cost: ComputeCost | None = None
+    """What its arithmetic takes; None until it was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

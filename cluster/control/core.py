@@ -295,7 +295,7 @@ def _takes_away(before: Replicas, after: Replicas) -> bool:
 
 def _what_matters(view: ClusterView) -> tuple[Placement, object, object, bool]:
     """A view without the numbers that change every second."""
-    hosts = {name: (host.incarnation, host.address, host.state) for name, host in view.hosts.items()}
+    hosts = {name: (host.incarnation, host.address, host.state, host.cost) for name, host in view.hosts.items()}
     routers = {name: (router.address, router.pid, router.state) for name, router in view.routers.items()}
     return view.placement, hosts, routers, view.draining
 

@@ -104,6 +104,7 @@ def _inner_host_info(report: HostReport) -> HostInfo:
         slots_target=len(report.held),
         rows_total=report.rows_total,
         metrics_address=report.metrics_address,
+        cost=report.cost,
     )
 
 

@@ -24,8 +24,16 @@ class LayerExperts(_message.Message):
     experts: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class ComputeCost(_message.Message):
+    __slots__ = ("per_expert_s", "per_row_s")
+    PER_EXPERT_S_FIELD_NUMBER: _ClassVar[int]
+    PER_ROW_S_FIELD_NUMBER: _ClassVar[int]
+    per_expert_s: float
+    per_row_s: float
+    def __init__(self, per_expert_s: _Optional[float] = ..., per_row_s: _Optional[float] = ...) -> None: ...
+
 class HostReport(_message.Message):
-    __slots__ = ("name", "incarnation", "address", "node", "pid", "metrics_address", "transport", "held", "rows_total", "held_bytes", "problem")
+    __slots__ = ("name", "incarnation", "address", "node", "pid", "metrics_address", "transport", "held", "rows_total", "held_bytes", "problem", "cost")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +45,7 @@ class HostReport(_message.Message):
     ROWS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: int
     address: str
@@ -48,7 +57,8 @@ class HostReport(_message.Message):
     rows_total: int
     held_bytes: int
     problem: str
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., transport: _Optional[str] = ..., held: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., rows_total: _Optional[int] = ..., held_bytes: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+    cost: ComputeCost
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., transport: _Optional[str] = ..., held: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., rows_total: _Optional[int] = ..., held_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., cost: _Optional[_Union[ComputeCost, _Mapping]] = ...) -> None: ...
 
 class HostOrder(_message.Message):
     __slots__ = ("target", "retire")
@@ -120,7 +130,7 @@ class Placement(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., host_names: _Optional[_Iterable[str]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ...) -> None: ...
 
 class Host(_message.Message):
-    __slots__ = ("name", "incarnation", "address", "node", "pid", "state", "transport", "slots", "slots_target", "rows_total", "metrics_address")
+    __slots__ = ("name", "incarnation", "address", "node", "pid", "state", "transport", "slots", "slots_target", "rows_total", "metrics_address", "cost")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +142,7 @@ class Host(_message.Message):
     SLOTS_TARGET_FIELD_NUMBER: _ClassVar[int]
     ROWS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: int
     address: str
@@ -143,7 +154,8 @@ class Host(_message.Message):
     slots_target: int
     rows_total: int
     metrics_address: str
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., transport: _Optional[str] = ..., slots: _Optional[int] = ..., slots_target: _Optional[int] = ..., rows_total: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    cost: ComputeCost
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., transport: _Optional[str] = ..., slots: _Optional[int] = ..., slots_target: _Optional[int] = ..., rows_total: _Optional[int] = ..., metrics_address: _Optional[str] = ..., cost: _Optional[_Union[ComputeCost, _Mapping]] = ...) -> None: ...
 
 class Router(_message.Message):
     __slots__ = ("name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "max_model_len", "kv_tokens")

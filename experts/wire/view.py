@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from math import isfinite
 from types import MappingProxyType
 
-from experts.placement import ClusterView, ExpertKey, HostInfo, IngressInfo, Placement, RouterInfo
+from experts.placement import ClusterView, ComputeCost, ExpertKey, HostInfo, IngressInfo, Placement, RouterInfo
 from experts.reports import ClusterStatus, ControllerInfo, HostOrder, HostReport, MemberKind, MemberReport
 from experts.wire import control_pb2 as pb
 
@@ -54,6 +55,7 @@ def host_report_to_wire(report: HostReport) -> pb.HostReport:
         rows_total=report.rows_total,
         held_bytes=report.held_bytes,
         problem=report.problem,
+        cost=_cost_to_wire(report.cost),
     )
 
 
@@ -70,6 +72,7 @@ def host_report_from_wire(message: pb.HostReport) -> HostReport:
         rows_total=message.rows_total,
         held_bytes=message.held_bytes,
         problem=message.problem,
+        cost=_cost_from_wire(message.cost) if message.HasField("cost") else None,
     )
 
 
@@ -225,6 +228,7 @@ def _host_to_wire(host: HostInfo) -> pb.Host:
         slots_target=host.slots_target,
         rows_total=host.rows_total,
         metrics_address=host.metrics_address,
+        cost=_cost_to_wire(host.cost),
     )
 
 
@@ -241,7 +245,20 @@ def _host_from_wire(message: pb.Host) -> HostInfo:
         slots_target=message.slots_target,
         rows_total=message.rows_total,
         metrics_address=message.metrics_address,
+        cost=_cost_from_wire(message.cost) if message.HasField("cost") else None,
     )
+
+
+def _cost_to_wire(cost: ComputeCost | None) -> pb.ComputeCost | None:
+    return None if cost is None else pb.ComputeCost(per_expert_s=cost.per_expert_s, per_row_s=cost.per_row_s)
+
+
+def _cost_from_wire(message: pb.ComputeCost) -> ComputeCost | None:
+    """None for numbers that no cost can be: a router divides by them."""
+    costs = (message.per_expert_s, message.per_row_s)
+    if not all(isfinite(cost) and cost > 0 for cost in costs):
+        return None
+    return ComputeCost(per_expert_s=message.per_expert_s, per_row_s=message.per_row_s)
 
 
 def _router_to_wire(router: RouterInfo) -> pb.Router:

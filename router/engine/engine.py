@@ -56,8 +56,9 @@ class _Sink(NamedTuple):
 
 
 class Engine:
-    """Serves requests until stopped. `available` tells whether experts can be reached now; it and `runner` are only
-    called from the engine's thread. `image_rules` is None for a model that takes no images."""
+    """Serves requests until stopped. `available` tells whether experts can be reached now; `begin_step` is told when a
+    step begins, and when the last of its requests ends at the latest. They and `runner` are only called from the
+    engine's thread. `image_rules` is None for a model that takes no images."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class Engine:
         runner: Runner,
         vocab_size: int,
         available: Callable[[frozenset[ExpertKey]], bool],
+        begin_step: Callable[[float], None] = lambda give_up_at: None,
         image_rules: ImageRules | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -74,6 +76,7 @@ class Engine:
         self._runner = runner
         self._vocab_size = vocab_size
         self._available = available
+        self._begin_step = begin_step
         self._image_rules = image_rules
         self._clock = clock
         self._changed = threading.Condition()
@@ -239,6 +242,7 @@ class Engine:
     def _run(self, step: Step) -> StepOutcome | None:
         """Run a step. A step that raises ends its own requests and nothing else."""
         try:
+            self._begin_step(max(piece.request.deadline for piece in step.pieces))
             outcome = self._runner.run(step)
         except Exception:
             log.exception("a step failed; its %d requests end", len(step.pieces))

@@ -15,6 +15,7 @@ from compiled import needs_kernels
 from cluster.cli import main
 from cluster.config import ServeSettings
 from cluster.local import open_model
+from cluster.measure.decisions import bench_decisions
 from cluster.measure.dispatch import bench_dispatch
 from cluster.measure.engine import SPLIT, bench_engine, bench_of
 from cluster.measure.floor import Operation, StepShape, floor_s, operations, step_bytes
@@ -344,3 +345,11 @@ def test_reports(
     assert [name for name in header.split("  ") if name.strip()][-1].strip() == "other ms"
     assert len(header) == len(row)
     assert json.loads((tmp_path / "out.json").read_text())["results"][0]["batch"] == 1
+
+
+def test_decisions_are_measured_for_every_shape() -> None:
+    results = bench_decisions(rounds=3, layers=10, step_ms=20.0)
+    for result in results:
+        assert 1 <= result.shipments <= min(result.rows, result.hosts)
+        assert 0 < result.split_us < result.per_layer_us
+        assert result.of_step_pct == pytest.approx(10 * result.per_layer_us / 20e3 * 100, abs=0.01)

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.metrics import (
+    HOST_STATES,
     Families,
     HostNumbers,
     IngressNumbers,
@@ -23,10 +24,14 @@ from experts.errors import InvalidInput
 from experts.load import LoadSnapshot
 from experts.placement import HostInfo
 from experts.reports import ClusterStatus, ControllerInfo
-from router.dispatch import DispatchStats
+from router.dispatch_stats import DispatchStats, RoundTrips
 from router.engine.engine import EngineStats
 from router.engine.kv_cache import KVNumbers
+from router.failover.events import HostState, Reason
 
+TRIPS = RoundTrips()
+for seconds in (0.0015, 0.3, 9.0):
+    TRIPS.add(seconds)
 LOAD = LoadSnapshot(rows={(1, 0): 5, (3, 2): 7}, rows_total=12, num_shipments=4, compute_s=0.25)
 HOST = HostNumbers(name="host-0", load=LOAD, slots=8, held_bytes=4096)
 ROUTER = RouterNumbers(
@@ -36,7 +41,19 @@ ROUTER = RouterNumbers(
     parked=3,
     kv=KVNumbers(used=0.5, cached=0.25, looked_up_tokens=90, hit_tokens=64, evicted_blocks=7, global_tokens=640),
     max_model_len=512,
-    dispatch=DispatchStats(shipments=9, resends=1, failures={"HostLost": 1}),
+    dispatch=DispatchStats(
+        shipments=9,
+        resends=1,
+        decisions=40,
+        decision_s=0.5,
+        epoch=7,
+        failures=Counter(HostLost=1),
+        hedges=Counter(won=2),
+        failovers=Counter({Reason.FENCED: 3}),
+        hosts={"a": "up", "b": "fenced"},
+        entered_at={("b", "fenced"): 1.5e9},
+        round_trips={3: TRIPS},
+    ),
 )
 STATUS = ClusterStatus(
     controller=ControllerInfo(epoch=4, term=2),
@@ -101,6 +118,21 @@ def test_a_router_shows_requests_tokens_and_shipments(scrape: Scrape) -> None:
     assert capacity == {"sequence": 512, "global": 640, "local": 0}
     assert values["herd_router_shipment_failures_total{error=HostLost}"] == 1
     assert not any(name.startswith("herd_host") for name in values)
+
+
+def test_a_router_shows_what_became_of_shipments_and_how_it_sees_hosts(scrape: Scrape) -> None:
+    values = scrape(lambda: router_families(ROUTER))
+    assert values["herd_router_hedges_total{outcome=won}"] == 2
+    assert values["herd_router_failovers_total{reason=fenced}"] == 3
+    assert (values["herd_router_decisions_total"], values["herd_router_decision_seconds_total"]) == (40, 0.5)
+    assert values["herd_router_placement_epoch"] == 7
+    states = {state: values[f"herd_router_host_state{{host=b,state={state}}}"] for state in HOST_STATES}
+    assert states == {state: float(state == "fenced") for state in HostState}
+    assert values["herd_router_host_state_entered_timestamp_seconds{host=b,state=fenced}"] == 1.5e9
+    trips = "herd_router_dispatch_round_trip_seconds"
+    buckets = {bound: values[f"{trips}_bucket{{layer=3,le={bound}}}"] for bound in ("0.001", "0.002", "0.5", "+Inf")}
+    assert buckets == {"0.001": 0, "0.002": 1, "0.5": 2, "+Inf": 3}
+    assert values[f"{trips}_sum{{layer=3}}"] == pytest.approx(9.3015)
 
 
 def test_a_router_that_computes_itself_shows_its_inner_host(scrape: Scrape) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.placement import ClusterView, HostInfo, IngressInfo, Placement, RouterInfo
+from experts.placement import ClusterView, ComputeCost, HostInfo, IngressInfo, Placement, RouterInfo
 from experts.reports import ClusterStatus, ControllerInfo, HostOrder, HostReport, MemberKind, MemberReport
 from experts.wire import control_pb2 as pb
 from experts.wire.view import (
@@ -28,8 +28,11 @@ names = st.text(min_size=1, max_size=6)
 small = st.integers(0, 2**31)
 large = st.integers(0, 2**63)
 keys = st.tuples(st.integers(0, 200), st.integers(0, 500))
+seconds = st.floats(1e-9, 1e3)
+costs = st.none() | st.builds(ComputeCost, per_expert_s=seconds, per_row_s=seconds)
 reports = st.builds(
     HostReport,
+    cost=costs,
     name=names,
     incarnation=large,
     address=names,
@@ -42,7 +45,9 @@ reports = st.builds(
     rows_total=large,
     problem=names,
 )
-hosts = st.builds(HostInfo, name=names, incarnation=large, address=names, pid=small, slots=small, rows_total=large)
+hosts = st.builds(
+    HostInfo, name=names, incarnation=large, address=names, pid=small, slots=small, rows_total=large, cost=costs
+)
 routers = st.builds(
     RouterInfo, name=names, address=names, running=small, waiting=small, max_model_len=small, kv_tokens=large
 )
@@ -126,3 +131,9 @@ def test_a_host_index_out_of_range_is_refused() -> None:
 def test_a_thousand_experts_take_about_a_thousand_bytes() -> None:
     report = pb.HostReport(held=keys_to_wire((layer, expert) for layer in range(10) for expert in range(100)))
     assert report.ByteSize() < 1200
+
+
+def test_a_cost_that_cannot_be_is_none() -> None:
+    for wrong in (float("nan"), float("inf"), 0.0, -1.0):
+        report = pb.HostReport(name="a", cost=pb.ComputeCost(per_expert_s=1e-4, per_row_s=wrong))
+        assert host_report_from_wire(report).cost is None

@@ -10,6 +10,7 @@ import torch
 from reference import random_model, save
 from stepping import Stepper, load_decoder
 
+from experts.arithmetic import Arithmetic, PlainArithmetic, TiledArithmetic
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig, load_config
 from experts.host import ExpertHost
@@ -17,7 +18,7 @@ from experts.placement import ClusterView, HostInfo, Placement
 from experts.transport.local import FaultyLocalTransport
 from experts.weights import ExpertStore
 from router.dispatch import RemoteExperts
-from router.failover import Policy
+from router.failover.state import Policy
 from router.local_experts import LocalExperts
 from router.model.decoder import run
 from router.routed import Routing
@@ -41,11 +42,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Cluster:
     """Hosts in this process: expert e of every layer on hosts e mod H and, with two replicas, e + 1 mod H."""
 
-    def __init__(self, folder: Path, num_hosts: int, num_replicas: int, policy: Policy = PATIENT) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        num_hosts: int,
+        num_replicas: int,
+        policy: Policy = PATIENT,
+        arithmetic: Arithmetic | None = None,
+    ) -> None:
+        self.arithmetic = arithmetic or PlainArithmetic()
         self.config: ModelConfig = load_config(folder)
         self.store = ExpertStore(Checkpoint(folder), self.config, torch.float32)
         names = [f"host-{number}" for number in range(num_hosts)]
-        self.hosts = {name: ExpertHost(name, self.store) for name in names}
+        self.hosts = {name: ExpertHost(name, self.store, self.arithmetic) for name in names}
         replicas = {
             key: tuple(names[(key[1] + replica) % num_hosts] for replica in range(num_replicas))
             for key in self.store.all_keys()
@@ -59,7 +68,7 @@ class Cluster:
         self.remote.connect(ClusterView(version=1, placement=Placement(epoch=1, replicas=replicas), hosts=infos))
 
     def local(self) -> LocalExperts:
-        return LocalExperts({key: self.store.load(*key) for key in self.store.all_keys()})
+        return LocalExperts({key: self.store.load(*key) for key in self.store.all_keys()}, self.arithmetic)
 
 
 def random_rows(num_rows: int, seed: int, choices: Sequence[int] | None = None) -> tuple[torch.Tensor, Routing]:
@@ -126,6 +135,53 @@ def test_a_stalled_host_is_left_alone_until_it_answers(folder: Path) -> None:
     assert cluster.remote.stats.shipments == shipments + 1, "only host-1 is asked the second time"
     cluster.transport.restore("host-0")
     assert cluster.remote.dispatch(0, x_TH, routing).combine().lost == {}
+
+
+def test_a_stalled_replica_is_hedged_and_then_left_alone(folder: Path) -> None:
+    cluster = Cluster(folder, 3, 2)
+    x_TH, routing = random_rows(30, seed=2)
+    expected = cluster.local().dispatch(0, x_TH, routing).combine().y_TH
+    for _ in range(20):
+        cluster.remote.dispatch(0, x_TH, routing).combine()
+    cluster.transport.stall("host-0")
+    for _ in range(3):
+        ours = cluster.remote.dispatch(0, x_TH, routing).combine()
+        assert ours.lost == {}
+        assert torch.equal(ours.y_TH, expected)
+    stats = cluster.remote.stats
+    assert stats.hosts["host-0"] in ("suspect", "fenced")
+    assert ("host-0", stats.hosts["host-0"]) in stats.entered_at
+    assert stats.resends > 0
+    assert stats.failovers["slow"] + stats.failovers["fenced"] > 0
+    assert sum(stats.round_trips[0].counts) == stats.dispatches
+    assert stats.decisions > stats.dispatches
+
+
+def test_a_new_placement_counts_from_the_next_step_on(folder: Path) -> None:
+    cluster = Cluster(folder, 2, 1)
+    cluster.remote.begin_step()
+    for layer in range(LAYERS):
+        cluster.hosts["host-1"].load((layer, 0))
+    infos = {name: HostInfo(name=name, incarnation=1, address=name) for name in cluster.hosts}
+    moved = {key: ("host-1",) for key in cluster.store.all_keys() if key[1] in (0, 1)}
+    cluster.remote.connect(ClusterView(version=2, placement=Placement(epoch=2, replicas=moved), hosts=infos))
+    x_TH, routing = random_rows(1, seed=3, choices=[0])
+    cluster.remote.dispatch(0, x_TH, routing).combine()
+    assert [host.rows_total for host in cluster.hosts.values()] == [1, 0]
+    assert cluster.remote.stats.epoch == 1
+    cluster.remote.begin_step()
+    cluster.remote.dispatch(0, x_TH, routing).combine()
+    assert [host.rows_total for host in cluster.hosts.values()] == [1, 1]
+    assert cluster.remote.stats.epoch == 2
+
+
+def test_rows_of_one_expert_over_several_hosts_are_the_same_bits(folder: Path) -> None:
+    """With products in tiles, no row knows which rows are beside it."""
+    cluster = Cluster(folder, 3, 3, arithmetic=TiledArithmetic((HIDDEN,)))
+    x_TH, routing = random_rows(700, seed=9, choices=[4] * 700)
+    ours = cluster.remote.dispatch(1, x_TH, routing).combine()
+    assert cluster.remote.stats.shipments == 3, "many rows are worth a second read of the weights"
+    assert torch.equal(ours.y_TH, cluster.local().dispatch(1, x_TH, routing).combine().y_TH)
 
 
 def test_two_dispatches_under_way_do_not_mix(folder: Path) -> None:
