@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Families = Iterable[Metric]
 
-HOST_STATES = ("up", "returning", "suspect", "fenced", "silent", "down")
+HOST_STATES = ("up", "returning", "suspect", "fenced", "silent", "dead")
 """Those of `router.failover.events.HostState`."""
 
 

@@ -145,7 +145,7 @@ class RemoteExperts:
         view = self._view
         if view is not self._seen:
             self._seen, self._linked = view, None
-            self.stats.hosts = {name: str(HostState.DOWN) for name in view.hosts} | {
+            self.stats.hosts = {name: str(HostState.DEAD) for name in view.hosts} | {
                 name: state for name, state in self.stats.hosts.items() if name in view.hosts
             }
             self._decide(Viewed(view=view), now)

@@ -136,7 +136,7 @@ def _failed(state: FailoverState, event: Failed, now: float, effects: list[Effec
 def _linked(state: FailoverState, event: Linked, now: float, effects: list[Effect]) -> None:
     leave(state, [link for link in state.links.values() if link.host not in event.hosts], now, effects)
     for link in state.links.values():
-        if link.host in event.hosts and link.state is HostState.DOWN:
+        if link.host in event.hosts and link.state is HostState.DEAD:
             enter(state, link, link.linked(now), effects)
 
 

@@ -37,8 +37,8 @@ class HostState(StrEnum):
     """Several were: the same, and it is probed."""
     SILENT = "silent"
     """Has let a whole deadline pass: gets no rows before it says something."""
-    DOWN = "down"
-    """Not linked."""
+    DEAD = "dead"
+    """Not linked: its link ended, or is not up yet."""
 
 
 class RowsOf(NamedTuple):

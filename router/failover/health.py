@@ -40,7 +40,7 @@ class Link:
     cost: ComputeCost
     way_s: float
     """What a round trip takes besides computing, roughly: patience and pace are learnt as multiples."""
-    state: HostState = HostState.DOWN
+    state: HostState = HostState.DEAD
     flights: dict[int, Flight] = field(default_factory=dict)
     num_overdue: int = 0
     misses: int = 0

@@ -64,11 +64,11 @@ def fence(state: FailoverState, link: Link, now: float, effects: list[Effect]) -
 
 def leave(state: FailoverState, links: Sequence[Link], now: float, effects: list[Effect]) -> None:
     """These links ended: their hosts are dead to this router, at once."""
-    ended = [link for link in links if link.state is not HostState.DOWN]
+    ended = [link for link in links if link.state is not HostState.DEAD]
     # All of them before anything is sent elsewhere: not to one of them.
     for link in ended:
         link.troubled(state.attention.at(now), now)
-        enter(state, link, HostState.DOWN, effects)
+        enter(state, link, HostState.DEAD, effects)
     for link in ended:
         give_up(state, link, now, effects)
 

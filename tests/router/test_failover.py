@@ -122,7 +122,7 @@ def test_a_dead_hosts_shipments_go_to_another_replica_at_once() -> None:
     world.finish(number)
     assert not world.layers[number].lost
     assert world.now - began <= 2 * ON_TIME_S
-    assert world.states()["a"] is HostState.DOWN
+    assert world.states()["a"] is HostState.DEAD
     assert world.state.failovers == {Reason.LOST: 1}
     assert hosts_of(world.sent).count("b") == 2
     world.sent.clear()

@@ -120,7 +120,7 @@ class RouterAmongHosts(RuleBasedStateMachine):
         assert world.available(*KEYS)
         for _ in range(400):
             assert not world.dispatch(dict.fromkeys(KEYS, 1)).lost
-        assert HostState.DOWN not in world.states().values()
+        assert HostState.DEAD not in world.states().values()
         assert HostState.SILENT not in world.states().values()
 
 

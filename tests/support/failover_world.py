@@ -299,7 +299,7 @@ def check_state(state: FailoverState) -> None:
         late = sum(flight.is_overdue and not flight.is_probe for flight in link.flights.values())
         assert late == link.num_overdue
         assert link.state is not HostState.SUSPECT or late, f"{link.host} is suspect for nothing"
-        assert link.state is not HostState.DOWN or not link.flights
+        assert link.state is not HostState.DEAD or not link.flights
         assert all(state.flights[number] is flight for number, flight in link.flights.items())
     assert sum(len(link.flights) for link in state.links.values()) == len(state.flights)
     carried = {part.dispatch.number for flight in state.flights.values() for part in flight.parts if not part.settled}
