@@ -76,7 +76,9 @@ class HostProcess:
         self._order: HostOrder | None = None
         self._ordered = threading.Condition()
         self._stopping = threading.Event()
-        self.link = HostLink(resolve=resolve, report=self.report, on_order=self._take, tls=identity)
+        self.link = HostLink(
+            resolve=resolve, report=self.report, on_order=self._take, on_cut=self.server.cut, tls=identity
+        )
         self._threads = [
             threading.Thread(target=self._work, name="host-loader", daemon=True),
             threading.Thread(target=self._watch, name="host-watch", daemon=True),

@@ -202,7 +202,8 @@ class MemberLink(ControlLink):
 class HostLink(ControlLink):
     """What a host holds: tells what it is and holds, and is told what to hold.
 
-    `on_order` is called on a thread of the link and must not wait for loading: the link would miss what follows.
+    `on_order` is called on a thread of the link and must not wait for loading: the link would miss what follows; so is
+    `on_cut`, with the seconds for which a drill wants rows to stay unanswered.
     """
 
     def __init__(
@@ -211,10 +212,12 @@ class HostLink(ControlLink):
         resolve: Callable[[], str],
         report: Callable[[], HostReport],
         on_order: Callable[[HostOrder], None],
+        on_cut: Callable[[float], None] = lambda _seconds: None,
         tls: Identity | None = None,
     ) -> None:
         self._make_report = report
         self._on_order = on_order
+        self._on_cut = on_cut
         super().__init__("host", resolve, tls)
 
     def open(self, stub: Any, reports: Iterator[pb.HostReport]) -> Any:
@@ -224,6 +227,8 @@ class HostLink(ControlLink):
         return host_report_to_wire(self._make_report())
 
     def take(self, message: pb.HostOrder) -> None:
+        if message.cut_ms:
+            self._on_cut(message.cut_ms / 1000)
         order = order_from_wire(message)
         if order is not None:
             self._on_order(order)
@@ -237,6 +242,11 @@ def fetch_status(address: str, timeout_s: float = 5.0, tls: Identity | None = No
 def ask_drain(address: str, timeout_s: float = 5.0, tls: Identity | None = None) -> None:
     """Tell the whole cluster to take no new requests. Raises ControllerUnreachable."""
     _ask(address, "Drain", pb.DrainRequest(), timeout_s, tls)
+
+
+def ask_cut(address: str, host: str, seconds: float, timeout_s: float = 5.0, tls: Identity | None = None) -> None:
+    """Take the rows of `host` off the network for a while, as a drill. Raises ControllerUnreachable."""
+    _ask(address, "Cut", pb.CutRequest(host=host, ms=round(seconds * 1000)), timeout_s, tls)
 
 
 def ask_shutdown(address: str, timeout_s: float = 5.0, tls: Identity | None = None) -> None:

@@ -41,7 +41,7 @@ from cluster.control.state import (
 from cluster.control.status import status_of
 from experts.errors import InvalidInput
 from experts.grpc_control import MAX_MESSAGE_BYTES
-from experts.reports import ClusterStatus, ControllerInfo
+from experts.reports import ClusterStatus, ControllerInfo, HostOrder
 from experts.tls import Identity
 from experts.transport.grpc_options import server_options
 from experts.transport.grpc_security import listen
@@ -56,6 +56,7 @@ from experts.wire.view import (
 )
 
 TICK_S = 0.25
+MAX_CUT_MS = 60_000
 HEARTBEAT_S = 2.0
 START_TIMEOUT_S = 30.0
 
@@ -275,6 +276,18 @@ class _Core(ControlServiceServicer):
     async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainResponse:
         self._feed(DrainAsked())
         return pb.DrainResponse()
+
+    async def Cut(self, request: pb.CutRequest, context: Any) -> pb.CutResponse:
+        host = self._state.hosts.get(request.host)
+        outbox = self._hosts.get(host.stream) if host is not None and host.stream is not None else None
+        if host is not None and outbox is not None:
+            # With its target, because an order that it had not read yet is replaced by this one.
+            order = order_to_wire(HostOrder(target=host.target))
+            order.cut_ms = min(request.ms, MAX_CUT_MS)
+            outbox.put(order)
+            return pb.CutResponse()
+        await context.abort(grpc.StatusCode.NOT_FOUND, f"no host {request.host!r} is here")
+        raise AssertionError("abort does not return")
 
     async def Shutdown(self, request: pb.ShutdownRequest, context: Any) -> pb.ShutdownResponse:
         self._work("leaving", self._executor.leave)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -18,9 +18,11 @@ from cluster.drill.verdict import Verdict
 from cluster.load.client import Client
 from cluster.load.server import ServerFacts, look_at
 from cluster.load.settings import LoadSettings
-from cluster.show import find_status
+from cluster.run_file import read_run_files
+from cluster.show import TIMEOUT_S, find_status
 from cluster.version import herd_version
 from experts.errors import InvalidInput
+from experts.grpc_control import ask_cut, fetch_status
 from experts.reports import ClusterStatus
 
 BROKEN = 1
@@ -46,19 +48,22 @@ def run_drills(
 
     `asked` are fields of DrillSettings. Raises InvalidInput, ControllerUnreachable and DrillFailed.
     """
-    ask = partial(find_status, control, state_dirs)
-    status = ask()
+    status = find_status(control, state_dirs)
+    address = status.controller.address
+    identity = next((file.identity() for file in read_run_files(state_dirs) if file.control == address), None)
     url, facts = _served(status)
     settings = DrillSettings(**asked, url=url, model=facts.model)
-    drill = Drill(settings=settings, token_ids=facts.vocabulary.ids, ask=ask, cut=partial(_cut, ask))
+    drill = Drill(
+        settings=settings,
+        token_ids=facts.vocabulary.ids,
+        # A controller comes back at the address that it had.
+        ask=lambda: fetch_status(address, TIMEOUT_S, identity),
+        cut=lambda host, seconds: ask_cut(address, host, seconds, TIMEOUT_S, identity),
+    )
     verdicts = asyncio.run(drill.run(kinds, partial(_show, quiet=out == "-")))
     if out is not None:
         _write(out, settings, status, verdicts)
     return BROKEN if any(verdict.broken for verdict in verdicts) else 0
-
-
-def _cut(ask: Callable[[], ClusterStatus], host: str, seconds: float) -> None:
-    raise InvalidInput("drill", "partition", "TODO")
 
 
 def _served(status: ClusterStatus) -> tuple[str, ServerFacts]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,6 +97,11 @@ class ExpertHostServer:
         """Whether a shipment is being computed or answered now."""
         return self._exchange.busy.value > 0
 
+    def cut(self, seconds: float) -> None:
+        """For a drill: read and answer nothing for so long, as if a network had lost it all."""
+        log.warning("a drill cuts the rows of this host off for %.1f s", seconds)
+        self._exchange.cut_until = time.monotonic() + seconds
+
     def stop(self, grace: float) -> None:
         """Answer what is being computed (for at most `grace` seconds), then end all streams and the listener."""
         self._exchange.drain(grace)
@@ -112,7 +118,8 @@ class _Exchange:
         self._terms = terms
         self._incarnation = incarnation
         self._hello = hello
-        self._draining = False
+        self._draining = threading.Event()
+        self.cut_until = 0.0
         self.busy = _Gauge()
         self.links = _Gauge()
 
@@ -120,6 +127,7 @@ class _Exchange:
         """One router's stream, from hello to end. What cannot be read ends it, and nothing else."""
         router = context.peer()
         try:
+            self._wait_for_network()
             hello = decode_hello(split(next(frames, b""), router), router)
             difference = mismatch(hello, self._terms)
             if difference:
@@ -135,12 +143,13 @@ class _Exchange:
 
     def drain(self, grace: float) -> None:
         """Begin no further shipment; return when the current ones are answered, or after `grace` seconds."""
-        self._draining = True
+        self._draining.set()
         self.busy.wait_for_zero(grace)
 
     def _answers(self, frames: Iterator[bytes], router: str) -> Iterator[bytes]:
         for message in frames:
-            if self._draining:
+            self._wait_for_network()
+            if self._draining.is_set():
                 return
             frame = split(message, router)
             if frame.header.kind != Kind.SHIPMENT or not frame.header.seq:
@@ -148,6 +157,11 @@ class _Exchange:
             # Busy until the answer is on its way: the generator resumes only then.
             with self.busy:
                 yield self._answer(frame, router)
+
+    def _wait_for_network(self) -> None:
+        left_s = self.cut_until - time.monotonic()
+        if left_s > 0:
+            self._draining.wait(left_s)
 
     def _answer(self, frame: Frame, router: str) -> bytes:
         try:

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xperts/wire/control.proto\x12\x0fherd.control.v1\".\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"6\n\x0b\x43omputeCost\x12\x14\n\x0cper_expert_s\x18\x01 \x01(\x01\x12\x11\n\tper_row_s\x18\x02 \x01(\x01\"\x99\x02\n\nHostReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x17\n\x0fmetrics_address\x18\x06 \x01(\t\x12\x11\n\ttransport\x18\x07 \x01(\t\x12+\n\x04held\x18\x08 \x03(\x0b\x32\x1d.herd.control.v1.LayerExperts\x12\x12\n\nrows_total\x18\t \x01(\x04\x12\x12\n\nheld_bytes\x18\n \x01(\x04\x12\x0f\n\x07problem\x18\x0b \x01(\t\x12*\n\x04\x63ost\x18\x0c \x01(\x0b\x32\x1c.herd.control.v1.ComputeCost\"\x88\x01\n\tHostOrder\x12\x31\n\x06target\x18\x01 \x01(\x0b\x32!.herd.control.v1.HostOrder.Target\x12\x0e\n\x06retire\x18\x02 \x01(\x08\x1a\x38\n\x06Target\x12.\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x1d.herd.control.v1.LayerExperts\"\xe1\x02\n\x0cMemberReport\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.herd.control.v1.MemberKind\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x0f\n\x07waiting\x18\x08 \x01(\r\x12\x17\n\x0fmetrics_address\x18\t \x01(\t\x12\x0c\n\x04http\x18\n \x01(\t\x12\x14\n\x0cview_version\x18\x0b \x01(\x04\x12\x12\n\nview_epoch\x18\x0c \x01(\x04\x12/\n\ninner_host\x18\r \x01(\x0b\x32\x1b.herd.control.v1.HostReport\x12\x0f\n\x07problem\x18\x0e \x01(\t\x12\x15\n\rmax_model_len\x18\x0f \x01(\r\x12\x11\n\tkv_tokens\x18\x10 \x01(\x04\"7\n\x07Replica\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\r\n\x05hosts\x18\x03 \x03(\r\"Z\n\tPlacement\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nhost_names\x18\x02 \x03(\t\x12*\n\x08replicas\x18\x03 \x03(\x0b\x32\x18.herd.control.v1.Replica\"\xf5\x01\n\x04Host\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\r\n\x05slots\x18\x08 \x01(\r\x12\x14\n\x0cslots_target\x18\t \x01(\r\x12\x12\n\nrows_total\x18\n \x01(\x04\x12\x17\n\x0fmetrics_address\x18\x0b \x01(\t\x12*\n\x04\x63ost\x18\x0c \x01(\x0b\x32\x1c.herd.control.v1.ComputeCost\"\xb6\x01\n\x06Router\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x17\n\x0fmetrics_address\x18\x08 \x01(\t\x12\x15\n\rmax_model_len\x18\t \x01(\r\x12\x11\n\tkv_tokens\x18\n \x01(\x04\"Y\n\x07Ingress\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04http\x18\x04 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x05 \x01(\t\"\xaf\x01\n\x0b\x43lusterView\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12-\n\tplacement\x18\x02 \x01(\x0b\x32\x1a.herd.control.v1.Placement\x12$\n\x05hosts\x18\x03 \x03(\x0b\x32\x15.herd.control.v1.Host\x12(\n\x07routers\x18\x04 \x03(\x0b\x32\x17.herd.control.v1.Router\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"\x7f\n\nController\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0f\n\x07version\x18\x05 \x01(\x04\x12\x0c\n\x04term\x18\x06 \x01(\x04\x12\x17\n\x0fmetrics_address\x18\x07 \x01(\t\"\x0f\n\rStatusRequest\"\xa0\x02\n\x0eStatusResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\ncontroller\x18\x02 \x01(\x0b\x32\x1b.herd.control.v1.Controller\x12+\n\tingresses\x18\x03 \x03(\x0b\x32\x18.herd.control.v1.Ingress\x12(\n\x07routers\x18\x04 \x03(\x0b\x32\x17.herd.control.v1.Router\x12$\n\x05hosts\x18\x05 \x03(\x0b\x32\x15.herd.control.v1.Host\x12\x15\n\rreplicas_held\x18\x06 \x01(\r\x12\x17\n\x0freplicas_wanted\x18\x07 \x01(\r\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x10\n\x08problems\x18\t \x03(\t\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse*Z\n\nMemberKind\x12\x1b\n\x17MEMBER_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12MEMBER_KIND_ROUTER\x10\x01\x12\x17\n\x13MEMBER_KIND_INGRESS\x10\x02\x32\x90\x03\n\x0e\x43ontrolService\x12I\n\nAttendHost\x12\x1b.herd.control.v1.HostReport\x1a\x1a.herd.control.v1.HostOrder(\x01\x30\x01\x12O\n\x0c\x41ttendMember\x12\x1d.herd.control.v1.MemberReport\x1a\x1c.herd.control.v1.ClusterView(\x01\x30\x01\x12I\n\x06Status\x12\x1e.herd.control.v1.StatusRequest\x1a\x1f.herd.control.v1.StatusResponse\x12\x46\n\x05\x44rain\x12\x1d.herd.control.v1.DrainRequest\x1a\x1e.herd.control.v1.DrainResponse\x12O\n\x08Shutdown\x12 .herd.control.v1.ShutdownRequest\x1a!.herd.control.v1.ShutdownResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xperts/wire/control.proto\x12\x0fherd.control.v1\".\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"6\n\x0b\x43omputeCost\x12\x14\n\x0cper_expert_s\x18\x01 \x01(\x01\x12\x11\n\tper_row_s\x18\x02 \x01(\x01\"\x99\x02\n\nHostReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x17\n\x0fmetrics_address\x18\x06 \x01(\t\x12\x11\n\ttransport\x18\x07 \x01(\t\x12+\n\x04held\x18\x08 \x03(\x0b\x32\x1d.herd.control.v1.LayerExperts\x12\x12\n\nrows_total\x18\t \x01(\x04\x12\x12\n\nheld_bytes\x18\n \x01(\x04\x12\x0f\n\x07problem\x18\x0b \x01(\t\x12*\n\x04\x63ost\x18\x0c \x01(\x0b\x32\x1c.herd.control.v1.ComputeCost\"\x98\x01\n\tHostOrder\x12\x31\n\x06target\x18\x01 \x01(\x0b\x32!.herd.control.v1.HostOrder.Target\x12\x0e\n\x06retire\x18\x02 \x01(\x08\x12\x0e\n\x06\x63ut_ms\x18\x03 \x01(\r\x1a\x38\n\x06Target\x12.\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x1d.herd.control.v1.LayerExperts\"\xe1\x02\n\x0cMemberReport\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.herd.control.v1.MemberKind\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x0f\n\x07waiting\x18\x08 \x01(\r\x12\x17\n\x0fmetrics_address\x18\t \x01(\t\x12\x0c\n\x04http\x18\n \x01(\t\x12\x14\n\x0cview_version\x18\x0b \x01(\x04\x12\x12\n\nview_epoch\x18\x0c \x01(\x04\x12/\n\ninner_host\x18\r \x01(\x0b\x32\x1b.herd.control.v1.HostReport\x12\x0f\n\x07problem\x18\x0e \x01(\t\x12\x15\n\rmax_model_len\x18\x0f \x01(\r\x12\x11\n\tkv_tokens\x18\x10 \x01(\x04\"7\n\x07Replica\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\r\n\x05hosts\x18\x03 \x03(\r\"Z\n\tPlacement\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nhost_names\x18\x02 \x03(\t\x12*\n\x08replicas\x18\x03 \x03(\x0b\x32\x18.herd.control.v1.Replica\"\xf5\x01\n\x04Host\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\r\n\x05slots\x18\x08 \x01(\r\x12\x14\n\x0cslots_target\x18\t \x01(\r\x12\x12\n\nrows_total\x18\n \x01(\x04\x12\x17\n\x0fmetrics_address\x18\x0b \x01(\t\x12*\n\x04\x63ost\x18\x0c \x01(\x0b\x32\x1c.herd.control.v1.ComputeCost\"\xb6\x01\n\x06Router\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x17\n\x0fmetrics_address\x18\x08 \x01(\t\x12\x15\n\rmax_model_len\x18\t \x01(\r\x12\x11\n\tkv_tokens\x18\n \x01(\x04\"Y\n\x07Ingress\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04http\x18\x04 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x05 \x01(\t\"\xaf\x01\n\x0b\x43lusterView\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12-\n\tplacement\x18\x02 \x01(\x0b\x32\x1a.herd.control.v1.Placement\x12$\n\x05hosts\x18\x03 \x03(\x0b\x32\x15.herd.control.v1.Host\x12(\n\x07routers\x18\x04 \x03(\x0b\x32\x17.herd.control.v1.Router\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"\x7f\n\nController\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0f\n\x07version\x18\x05 \x01(\x04\x12\x0c\n\x04term\x18\x06 \x01(\x04\x12\x17\n\x0fmetrics_address\x18\x07 \x01(\t\"\x0f\n\rStatusRequest\"\xa0\x02\n\x0eStatusResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\ncontroller\x18\x02 \x01(\x0b\x32\x1b.herd.control.v1.Controller\x12+\n\tingresses\x18\x03 \x03(\x0b\x32\x18.herd.control.v1.Ingress\x12(\n\x07routers\x18\x04 \x03(\x0b\x32\x17.herd.control.v1.Router\x12$\n\x05hosts\x18\x05 \x03(\x0b\x32\x15.herd.control.v1.Host\x12\x15\n\rreplicas_held\x18\x06 \x01(\r\x12\x17\n\x0freplicas_wanted\x18\x07 \x01(\r\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x10\n\x08problems\x18\t \x03(\t\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"&\n\nCutRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\n\n\x02ms\x18\x02 \x01(\r\"\r\n\x0b\x43utResponse\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse*Z\n\nMemberKind\x12\x1b\n\x17MEMBER_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12MEMBER_KIND_ROUTER\x10\x01\x12\x17\n\x13MEMBER_KIND_INGRESS\x10\x02\x32\xd2\x03\n\x0e\x43ontrolService\x12I\n\nAttendHost\x12\x1b.herd.control.v1.HostReport\x1a\x1a.herd.control.v1.HostOrder(\x01\x30\x01\x12O\n\x0c\x41ttendMember\x12\x1d.herd.control.v1.MemberReport\x1a\x1c.herd.control.v1.ClusterView(\x01\x30\x01\x12I\n\x06Status\x12\x1e.herd.control.v1.StatusRequest\x1a\x1f.herd.control.v1.StatusResponse\x12\x46\n\x05\x44rain\x12\x1d.herd.control.v1.DrainRequest\x1a\x1e.herd.control.v1.DrainResponse\x12@\n\x03\x43ut\x12\x1b.herd.control.v1.CutRequest\x1a\x1c.herd.control.v1.CutResponse\x12O\n\x08Shutdown\x12 .herd.control.v1.ShutdownRequest\x1a!.herd.control.v1.ShutdownResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'experts.wire.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MEMBERKIND']._serialized_start=2290
-  _globals['_MEMBERKIND']._serialized_end=2380
+  _globals['_MEMBERKIND']._serialized_start=2361
+  _globals['_MEMBERKIND']._serialized_end=2451
   _globals['_LAYEREXPERTS']._serialized_start=47
   _globals['_LAYEREXPERTS']._serialized_end=93
   _globals['_COMPUTECOST']._serialized_start=95
@@ -40,37 +40,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HOSTREPORT']._serialized_start=152
   _globals['_HOSTREPORT']._serialized_end=433
   _globals['_HOSTORDER']._serialized_start=436
-  _globals['_HOSTORDER']._serialized_end=572
-  _globals['_HOSTORDER_TARGET']._serialized_start=516
-  _globals['_HOSTORDER_TARGET']._serialized_end=572
-  _globals['_MEMBERREPORT']._serialized_start=575
-  _globals['_MEMBERREPORT']._serialized_end=928
-  _globals['_REPLICA']._serialized_start=930
-  _globals['_REPLICA']._serialized_end=985
-  _globals['_PLACEMENT']._serialized_start=987
-  _globals['_PLACEMENT']._serialized_end=1077
-  _globals['_HOST']._serialized_start=1080
-  _globals['_HOST']._serialized_end=1325
-  _globals['_ROUTER']._serialized_start=1328
-  _globals['_ROUTER']._serialized_end=1510
-  _globals['_INGRESS']._serialized_start=1512
-  _globals['_INGRESS']._serialized_end=1601
-  _globals['_CLUSTERVIEW']._serialized_start=1604
-  _globals['_CLUSTERVIEW']._serialized_end=1779
-  _globals['_CONTROLLER']._serialized_start=1781
-  _globals['_CONTROLLER']._serialized_end=1908
-  _globals['_STATUSREQUEST']._serialized_start=1910
-  _globals['_STATUSREQUEST']._serialized_end=1925
-  _globals['_STATUSRESPONSE']._serialized_start=1928
-  _globals['_STATUSRESPONSE']._serialized_end=2216
-  _globals['_DRAINREQUEST']._serialized_start=2218
-  _globals['_DRAINREQUEST']._serialized_end=2232
-  _globals['_DRAINRESPONSE']._serialized_start=2234
-  _globals['_DRAINRESPONSE']._serialized_end=2249
-  _globals['_SHUTDOWNREQUEST']._serialized_start=2251
-  _globals['_SHUTDOWNREQUEST']._serialized_end=2268
-  _globals['_SHUTDOWNRESPONSE']._serialized_start=2270
-  _globals['_SHUTDOWNRESPONSE']._serialized_end=2288
-  _globals['_CONTROLSERVICE']._serialized_start=2383
-  _globals['_CONTROLSERVICE']._serialized_end=2783
+  _globals['_HOSTORDER']._serialized_end=588
+  _globals['_HOSTORDER_TARGET']._serialized_start=532
+  _globals['_HOSTORDER_TARGET']._serialized_end=588
+  _globals['_MEMBERREPORT']._serialized_start=591
+  _globals['_MEMBERREPORT']._serialized_end=944
+  _globals['_REPLICA']._serialized_start=946
+  _globals['_REPLICA']._serialized_end=1001
+  _globals['_PLACEMENT']._serialized_start=1003
+  _globals['_PLACEMENT']._serialized_end=1093
+  _globals['_HOST']._serialized_start=1096
+  _globals['_HOST']._serialized_end=1341
+  _globals['_ROUTER']._serialized_start=1344
+  _globals['_ROUTER']._serialized_end=1526
+  _globals['_INGRESS']._serialized_start=1528
+  _globals['_INGRESS']._serialized_end=1617
+  _globals['_CLUSTERVIEW']._serialized_start=1620
+  _globals['_CLUSTERVIEW']._serialized_end=1795
+  _globals['_CONTROLLER']._serialized_start=1797
+  _globals['_CONTROLLER']._serialized_end=1924
+  _globals['_STATUSREQUEST']._serialized_start=1926
+  _globals['_STATUSREQUEST']._serialized_end=1941
+  _globals['_STATUSRESPONSE']._serialized_start=1944
+  _globals['_STATUSRESPONSE']._serialized_end=2232
+  _globals['_DRAINREQUEST']._serialized_start=2234
+  _globals['_DRAINREQUEST']._serialized_end=2248
+  _globals['_DRAINRESPONSE']._serialized_start=2250
+  _globals['_DRAINRESPONSE']._serialized_end=2265
+  _globals['_CUTREQUEST']._serialized_start=2267
+  _globals['_CUTREQUEST']._serialized_end=2305
+  _globals['_CUTRESPONSE']._serialized_start=2307
+  _globals['_CUTRESPONSE']._serialized_end=2320
+  _globals['_SHUTDOWNREQUEST']._serialized_start=2322
+  _globals['_SHUTDOWNREQUEST']._serialized_end=2339
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=2341
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=2359
+  _globals['_CONTROLSERVICE']._serialized_start=2454
+  _globals['_CONTROLSERVICE']._serialized_end=2920
 # @@protoc_insertion_point(module_scope)

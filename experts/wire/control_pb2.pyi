@@ -61,7 +61,7 @@ class HostReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., transport: _Optional[str] = ..., held: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., rows_total: _Optional[int] = ..., held_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., cost: _Optional[_Union[ComputeCost, _Mapping]] = ...) -> None: ...
 
 class HostOrder(_message.Message):
-    __slots__ = ("target", "retire")
+    __slots__ = ("target", "retire", "cut_ms")
     class Target(_message.Message):
         __slots__ = ("experts",)
         EXPERTS_FIELD_NUMBER: _ClassVar[int]
@@ -69,9 +69,11 @@ class HostOrder(_message.Message):
         def __init__(self, experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
     TARGET_FIELD_NUMBER: _ClassVar[int]
     RETIRE_FIELD_NUMBER: _ClassVar[int]
+    CUT_MS_FIELD_NUMBER: _ClassVar[int]
     target: HostOrder.Target
     retire: bool
-    def __init__(self, target: _Optional[_Union[HostOrder.Target, _Mapping]] = ..., retire: _Optional[bool] = ...) -> None: ...
+    cut_ms: int
+    def __init__(self, target: _Optional[_Union[HostOrder.Target, _Mapping]] = ..., retire: _Optional[bool] = ..., cut_ms: _Optional[int] = ...) -> None: ...
 
 class MemberReport(_message.Message):
     __slots__ = ("kind", "name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "http", "view_version", "view_epoch", "inner_host", "problem", "max_model_len", "kv_tokens")
@@ -258,6 +260,18 @@ class DrainRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DrainResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CutRequest(_message.Message):
+    __slots__ = ("host", "ms")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    MS_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    ms: int
+    def __init__(self, host: _Optional[str] = ..., ms: _Optional[int] = ...) -> None: ...
+
+class CutResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

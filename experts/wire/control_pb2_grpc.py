@@ -54,6 +54,11 @@ class ControlServiceStub:
                 request_serializer=experts_dot_wire_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=experts_dot_wire_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Cut = channel.unary_unary(
+                '/herd.control.v1.ControlService/Cut',
+                request_serializer=experts_dot_wire_dot_control__pb2.CutRequest.SerializeToString,
+                response_deserializer=experts_dot_wire_dot_control__pb2.CutResponse.FromString,
+                _registered_method=True)
         self.Shutdown = channel.unary_unary(
                 '/herd.control.v1.ControlService/Shutdown',
                 request_serializer=experts_dot_wire_dot_control__pb2.ShutdownRequest.SerializeToString,
@@ -92,6 +97,13 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Cut(self, request, context):
+        """For a drill: take a host's rows off the network for a while.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Shutdown(self, request, context):
         """End all hosts, then the controller itself, for good.
         """
@@ -121,6 +133,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=experts_dot_wire_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=experts_dot_wire_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'Cut': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cut,
+                    request_deserializer=experts_dot_wire_dot_control__pb2.CutRequest.FromString,
+                    response_serializer=experts_dot_wire_dot_control__pb2.CutResponse.SerializeToString,
             ),
             'Shutdown': grpc.unary_unary_rpc_method_handler(
                     servicer.Shutdown,
@@ -236,6 +253,33 @@ class ControlService:
             '/herd.control.v1.ControlService/Drain',
             experts_dot_wire_dot_control__pb2.DrainRequest.SerializeToString,
             experts_dot_wire_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/herd.control.v1.ControlService/Cut',
+            experts_dot_wire_dot_control__pb2.CutRequest.SerializeToString,
+            experts_dot_wire_dot_control__pb2.CutResponse.FromString,
             options,
             channel_credentials,
             insecure,
