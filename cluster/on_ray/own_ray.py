@@ -45,6 +45,8 @@ class OwnRay:
         """Raises RayFailed."""
         adopt_orphans()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray takes its workers for background work.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEADLESS_S))
         # Workers import the packages from where this process has them, installed or not.
         roots = [str(Path(cluster.__path__[0]).parent), os.environ.get("PYTHONPATH", "")]

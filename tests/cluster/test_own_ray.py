@@ -20,7 +20,12 @@ def slow_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def init(**_options: Any) -> None:
         raise Exception("The current node timed out during startup.\nmore")
 
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_gcs_rpc_server_reconnect_timeout_s", "PYTHONPATH"):
+    for name in (
+        "RAY_USAGE_STATS_ENABLED",
+        "RAY_gcs_rpc_server_reconnect_timeout_s",
+        "RAY_worker_niceness",
+        "PYTHONPATH",
+    ):
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr(own_ray, "PARENT", tmp_path)
     monkeypatch.setattr(own_ray, "adopt_orphans", lambda: None)
@@ -47,7 +52,12 @@ def test_a_ray_lives_while_its_node_does_and_heals_while_its_head_does(monkeypat
     monkeypatch.setattr(own_ray, "is_alive", lambda pid: pid in living)
     monkeypatch.setattr(own_ray, "adopt_orphans", lambda: None)
     monkeypatch.setattr(own_ray.ray, "init", lambda **_options: None)
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_gcs_rpc_server_reconnect_timeout_s", "PYTHONPATH"):
+    for name in (
+        "RAY_USAGE_STATS_ENABLED",
+        "RAY_gcs_rpc_server_reconnect_timeout_s",
+        "RAY_worker_niceness",
+        "PYTHONPATH",
+    ):
         monkeypatch.setenv(name, "0")
     mine = OwnRay()
     mine.start()
