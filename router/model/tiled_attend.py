@@ -17,7 +17,8 @@ from experts.arithmetic import Arithmetic
 from router.model.attend import Turn, turn_heads
 from router.model.spans import Runs, Span, clip_runs, num_slots
 
-TILE = 64
+TILE, BLOCK = 16, 64
+"""Queries of a tile and keys of a block."""
 MAX_KEYS = 1 << 14
 """So many keys of all tiles together are attended to at a time; of one tile, any."""
 
@@ -34,7 +35,7 @@ class _Tile:
 
     @property
     def num_blocks(self) -> int:
-        return -(-num_slots(self.runs) // TILE)
+        return -(-num_slots(self.runs) // BLOCK)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +120,7 @@ def _together(spans: Sequence[Span], chunked: bool) -> Iterator[list[_Tile]]:
     """All tiles of `spans`, as many at a time as have MAX_KEYS keys, padding included."""
     tiles = sorted(chain.from_iterable(_tiles(span, chunked) for span in spans), key=lambda tile: -tile.num_blocks)
     while tiles:
-        count = max(1, MAX_KEYS // (TILE * tiles[0].num_blocks))
+        count = max(1, MAX_KEYS // (BLOCK * tiles[0].num_blocks))
         yield tiles[:count]
         tiles = tiles[count:]
 
@@ -137,7 +138,7 @@ def _tiles(span: Span, chunked: bool) -> Iterator[_Tile]:
 
 
 def _batch(tiles: Sequence[_Tile], device: torch.device) -> _Batch:
-    length = TILE * tiles[0].num_blocks
+    length = BLOCK * tiles[0].num_blocks
     counts = torch.tensor([num_slots(tile.runs) for tile in tiles])
     slots_Bm = torch.zeros((len(tiles), length), dtype=torch.int64)
     for slots_m, tile in zip(slots_Bm, tiles, strict=True):
@@ -156,10 +157,10 @@ def _attend(query_BQND: torch.Tensor, keys_SGD: torch.Tensor, values_SGD: torch.
     mixed_BNQD = torch.zeros_like(query_BNQD)
     key_BNmD, value_BNmD = (_keyed(whole, batch, num_heads) for whole in (keys_SGD, values_SGD))
     position_BQ = batch.at_B1 + torch.arange(TILE, device=query_BQND.device)
-    for block in range(key_BNmD.shape[2] // TILE):
+    for block in range(key_BNmD.shape[2] // BLOCK):
         # The tiles that have such a block come first; the others' results are complete.
         some = slice(0, batch.num_with(block))
-        keys = slice(block * TILE, (block + 1) * TILE)
+        keys = slice(block * BLOCK, (block + 1) * BLOCK)
         key_BNKD, value_BNKD = key_BNmD[some, :, keys].contiguous(), value_BNmD[some, :, keys].contiguous()
         score_BNQK = torch.matmul(query_BNQD[some], key_BNKD.transpose(2, 3))
         position_K = torch.arange(keys.start, keys.stop, device=query_BQND.device)
