@@ -9,14 +9,14 @@ from random import Random
 import pytest
 import torch
 from attending import Case, break_up, make_span, random_case, spelled_out
-from compiled import Threads, needs_kernels, same_bits
+from compiled import VARIANTS, Threads, needs_kernels, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experts.arithmetic import PlainArithmetic, TiledArithmetic
-from experts.kernels.compiler import load
+from experts.kernels.compiler import cpu_flags, load
 from router.kernels import native as native_module
-from router.kernels.native import MAX_HEAD_DIM, MAX_HEADS_PER_GROUP, NativeAttend, choose_attend
+from router.kernels.native import MAX_HEAD_DIM, MAX_HEADS_PER_GROUP, NativeAttend, choose_attend, load_prefill
 from router.model.attend import Attend, FlashAttend, PlainAttend, Turn
 from router.model.rope import rotations
 from router.model.tiled_attend import TILE, TiledAttend
@@ -34,10 +34,15 @@ DECODES_FIRST = PIECES.map(lambda pieces: sorted(pieces, key=lambda piece: piece
 HEADS = st.tuples(st.integers(1, 3), st.integers(1, 8), st.sampled_from([8, 16, 24, 32, 64, 96, 128]))
 
 
-def native() -> NativeAttend:
-    decode, turn = native_module._decode(), native_module._turn()
-    assert decode is not None and turn is not None
-    return NativeAttend(decode, turn)
+variants = pytest.mark.parametrize("variant", [*VARIANTS])
+
+
+def native(variant: str = "without AMX") -> NativeAttend:
+    if variant == "with AMX" and "amx_bf16" not in cpu_flags():
+        pytest.skip("this CPU lacks AMX")
+    decode, prefill, turn = native_module._decode(), load_prefill(VARIANTS[variant]), native_module._turn()
+    assert decode is not None and prefill is not None and turn is not None and prefill.herd_prepare()
+    return NativeAttend(decode, prefill, turn)
 
 
 def attend(way: Attend, case: Case) -> torch.Tensor:
@@ -70,14 +75,17 @@ def test_bfloat16(seed: int, pieces: list[tuple[int, int]], heads: tuple[int, in
 
 
 @needs_kernels
+@variants
 @pytest.mark.parametrize("threads", [1, 2])
 @anything
-@given(seed=st.integers(0, 1 << 20), pieces=PIECES | DECODES_FIRST, heads=HEADS)
-def test_compiled(seed: int, pieces: list[tuple[int, int]], heads: tuple[int, int, int], threads: int) -> None:
+@given(seed=st.integers(0, 1 << 20), pieces=DECODES_FIRST, heads=HEADS)
+def test_compiled(
+    seed: int, pieces: list[tuple[int, int]], heads: tuple[int, int, int], threads: int, variant: str
+) -> None:
     case = random_case(seed, pieces, heads, BF16)
     exact, sizes = spelled_out(case)
     with Threads(threads):
-        mixed = attend(native(), case)
+        mixed = attend(native(variant), case)
     error = (mixed.double() - exact).abs()
     assert (error <= HALF_STEP * exact.abs() + 2 * HALF_STEP * sizes).all()
     num_decodes = next((at for at, span in enumerate(case.spans) if span.count > 1), len(case.spans))
@@ -122,6 +130,84 @@ def test_compiled_with_scores_of_any_size(scale: float) -> None:
     case.query_TND.mul_(scale)
     exact, sizes = spelled_out(case)
     assert ((attend(native(), case).double() - exact).abs() <= HALF_STEP * exact.abs() + 1e-3 * sizes).all()
+
+
+# ---- compiled prefills
+
+
+def computed_in_float64(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `spelled_out`, faster and less plain."""
+    query, keys, values = case.query_TND.double(), case.keys_SGD.double(), case.values_SGD.double()
+    mixed, sizes = (PlainAttend()(query, keys, one, case.spans, case.chunked) for one in (values, values.abs()))
+    return mixed, sizes
+
+
+def check_prefill(way: Attend, case: Case) -> None:
+    exact, sizes = computed_in_float64(case)
+    error = (attend(way, case).double() - exact).abs()
+    # Shares are rounded before they meet the values.
+    assert (error <= HALF_STEP * exact.abs() + 2 * HALF_STEP * sizes).all()
+
+
+@needs_kernels
+@variants
+@settings(anything, max_examples=30)
+@given(
+    seed=st.integers(0, 1 << 20),
+    pieces=st.lists(st.tuples(st.integers(0, 600), st.integers(2, 400)), min_size=1, max_size=4),
+    heads=st.tuples(st.integers(1, 3), st.integers(1, 16), st.sampled_from(range(32, 257, 32))),
+    threads=st.integers(1, 3),
+)
+def test_compiled_prefills(
+    seed: int, pieces: list[tuple[int, int]], heads: tuple[int, int, int], threads: int, variant: str
+) -> None:
+    with Threads(threads):
+        check_prefill(native(variant), random_case(seed, pieces, heads, BF16))
+
+
+@needs_kernels
+@variants
+@pytest.mark.parametrize("pieces", [[(0, 3000)], [(3000, 2), (1, 2)], [(2900, 300), (0, 2)]], ids=str)
+def test_compiled_prefills_of_any_length(pieces: list[tuple[int, int]], variant: str) -> None:
+    check_prefill(native(variant), random_case(8, pieces, (1, 5, 64), BF16))
+
+
+@needs_kernels
+@variants
+def test_compiled_prefills_depend_on_neither_threads_nor_neighbours(variant: str) -> None:
+    case = random_case(9, [(40, 1), (300, 40), (0, 270), (17, 2)], (2, 5, 96), BF16)
+    way = native(variant)
+    mixed = attend(way, case)
+    for threads in (1, 2, 5):
+        with Threads(threads):
+            assert same_bits(attend(way, case), mixed)
+            for span in case.spans:
+                alone = make_span(0, span.count, span.runs(case.chunked), case.chunked)
+                found = way(case.query_TND[span.rows], case.keys_SGD, case.values_SGD, [alone], case.chunked)
+                assert same_bits(found, mixed[span.rows])
+
+
+@needs_kernels
+@variants
+@pytest.mark.parametrize("scale", [1e-20, 30.0, 1000.0])
+def test_compiled_prefills_with_scores_of_any_size(scale: float, variant: str) -> None:
+    case = random_case(10, [(300, 20), (0, 33)], (2, 3, 64), BF16)
+    case.query_TND.mul_(scale)
+    check_prefill(native(variant), case)
+
+
+@needs_kernels
+@variants
+def test_compiled_prefills_hand_on_what_is_no_number(variant: str) -> None:
+    case = random_case(11, [(300, 40), (0, 20)], (2, 2, 32), BF16)
+    way = native(variant)
+    clean = attend(way, case)
+    # One head of a token in the middle of its span.
+    case.query_TND[7, 1, 3] = math.nan
+    mixed = attend(way, case)
+    assert mixed[7, 1].isnan().all()
+    mixed[7, 1] = clean[7, 1]
+    assert same_bits(mixed, clean)
 
 
 # ---- however a sequence is cut
