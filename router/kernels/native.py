@@ -167,7 +167,12 @@ def runs_of(spans: Sequence[Span], chunked: bool) -> tuple[Numbers, Numbers, Num
 @cache
 def _decode() -> ctypes.CDLL | None:
     """The compiled attention; None where the CPU or the compiler lacks something."""
-    library = load(HERE / "decode.c")
+    return prepared(load_decode)
+
+
+def load_decode(flags: Sequence[str]) -> ctypes.CDLL | None:
+    """`decode.c` compiled with `flags`; `herd_prepare` says whether this process may run it."""
+    library = load(HERE / "decode.c", flags=flags)
     if library is not None:
         declare(library, "herd_decode", [POINTER, NUMBER, *[POINTER] * 6, NUMBER, NUMBER, NUMBER, NUMBER, THREADS])
     return library
@@ -179,7 +184,7 @@ def _prefill() -> ctypes.CDLL | None:
 
 
 def load_prefill(flags: Sequence[str]) -> ctypes.CDLL | None:
-    """`prefill.c` compiled with `flags`; `herd_prepare` says whether this process may run it."""
+    """`prefill.c`, likewise."""
     library = load(HERE / "prefill.c", flags=flags)
     if library is not None:
         declare(library, "herd_prefill", [POINTER, NUMBER, *[POINTER] * 8, NUMBER, NUMBER, NUMBER, NUMBER, THREADS])

@@ -110,28 +110,6 @@ static void multiply(const bf16 *a, long a_row, Packed b, long steps, float *c, 
 
 // ---- packing
 
-static void transpose(__m512i v[SIDE]) {
-    __m512i t[SIDE], u[SIDE];
-    for (int i = 0; i < SIDE; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < SIDE; i += 4)
-        for (int j = 0; j < 2; j++) {
-            u[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-            u[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-        }
-    for (int j = 0; j < 4; j++) {
-        __m512i a = u[j], b = u[4 + j], c = u[8 + j], d = u[12 + j];
-        __m512i even_top = _mm512_shuffle_i32x4(a, b, 0x88), even_low = _mm512_shuffle_i32x4(c, d, 0x88);
-        __m512i odd_top = _mm512_shuffle_i32x4(a, b, 0xdd), odd_low = _mm512_shuffle_i32x4(c, d, 0xdd);
-        v[j] = _mm512_shuffle_i32x4(even_top, even_low, 0x88);
-        v[4 + j] = _mm512_shuffle_i32x4(odd_top, odd_low, 0x88);
-        v[8 + j] = _mm512_shuffle_i32x4(even_top, even_low, 0xdd);
-        v[12 + j] = _mm512_shuffle_i32x4(odd_top, odd_low, 0xdd);
-    }
-}
-
 static void pack_keys(const bf16 *const *rows, long count, long D, char *tiles) {
     for (long key = 0; key < count; key += SIDE)
         for (long d = 0; d < D; d += STEP, tiles += TILE) {
@@ -143,31 +121,11 @@ static void pack_keys(const bf16 *const *rows, long count, long D, char *tiles) 
 }
 
 static void pack_values(const bf16 *const *rows, long count, long D, char *tiles) {
-    short order[STEP];
-    for (int i = 0; i < STEP; i++) order[i] = (short)(i / 2 + i % 2 * STEP);
-    __m512i low = _mm512_loadu_si512(order), high = _mm512_add_epi16(low, _mm512_set1_epi16(SIDE));
-    for (long key = 0; key < count; key += STEP)
-        for (long d = 0; d < D; d += STEP, tiles += 2 * TILE)
-            for (int pair = 0; pair < SIDE; pair++) {
-                const bf16 *const *two = rows + key + 2 * pair;
-                __m512i even = _mm512_loadu_si512(two[0] + d), odd = _mm512_loadu_si512(two[1] + d);
-                _mm512_store_si512(tiles + pair * 64, _mm512_permutex2var_epi16(even, low, odd));
-                _mm512_store_si512(tiles + TILE + pair * 64, _mm512_permutex2var_epi16(even, high, odd));
-            }
+    for (long key = 0; key < count; key += STEP, tiles += D / SIDE * TILE)
+        for (long pair = 0; pair < SIDE; pair++) interleave(rows[key + 2 * pair], rows[key + 2 * pair + 1], D, tiles + pair * 64);
 }
 
 // ---- scores to shares
-
-// 2^v for v <= 0 or little above; relative error below 3e-6, where shares are rounded to 2e-3.
-static inline __m512 exp2_512(__m512 v) {
-    __m512 f = _mm512_reduce_ps(v, 1);  // v - floor(v)
-    __m512 p = _mm512_set1_ps(1.35341676e-2f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.20114613e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.41442756e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93003835e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000259f));
-    return _mm512_scalef_ps(p, v);
-}
 
 // Row by row the sum, or the largest, of the lanes of 16 vectors; with `largest` a constant.
 static inline __attribute__((always_inline)) __m512 across(const __m512 *v, const int largest) {
@@ -249,7 +207,7 @@ static long seen_by(const Call *call, const Item *item, long c) { return item->p
 // Take in the `count` packed keys from `key` on for MANY columns from `c` on.
 static void take(const Call *call, const Item *item, const Work *work, long c, long key, long count) {
     long D = call->D, wide = D / STEP * TILE;
-    float scale = 1.44269504f / sqrtf((float)D);
+    float scale = LOG2_E / sqrtf((float)D);
     for (long j = 0; j < count; j += MANY)
         multiply(work->queries + c * D, D, (Packed){work->keys + j / SIDE * wide, TILE, wide}, D / STEP, work->scores + j, LEAD,
                  0);
