@@ -15,15 +15,17 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 
-HEADER = Path(__file__).with_name("vector.h")
+HERE = Path(__file__).parent
+HEADERS = tuple(sorted(HERE.glob("*.h")))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
+WITHOUT_AMX = (*FLAGS, "-mno-amx-bf16", "-mno-amx-tile", "-mno-amx-int8")
 TIMEOUT_S = 60.0
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"})
 """What most of our C files ask of a CPU."""
@@ -60,6 +62,17 @@ def load(
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("%s is not used, it is done without: %s", source.name, _reason(error))
         return None
+
+
+def prepared(variant: Callable[[Sequence[str]], ctypes.CDLL | None]) -> ctypes.CDLL | None:
+    """Of a library that asks for AMX tiles, the variant (by compiler flags) that this process may run; None where there
+    is none."""
+    # A kernel may keep the tiles of a CPU that has them from its processes.
+    for flags in (FLAGS, WITHOUT_AMX):
+        library = variant(flags)
+        if library is None or library.herd_prepare():
+            return library
+    return None
 
 
 def declare(library: ctypes.CDLL, function: str, arguments: list[Any]) -> None:
@@ -112,7 +125,7 @@ def _make_private(folder: Path) -> None:
 def _fingerprint(source: Path, flags: Sequence[str], compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT_S).stdout
     words = " ".join((*flags, "/", platform.machine(), *sorted(cpu_flags())))
-    parts = (source.read_bytes(), HEADER.read_bytes(), version, words.encode())
+    parts = (source.read_bytes(), *(header.read_bytes() for header in HEADERS), version, words.encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
@@ -122,7 +135,7 @@ def _compile(source: Path, library: Path, command: Sequence[str]) -> None:
     handle, draft = tempfile.mkstemp(suffix=DRAFT, dir=library.parent)
     os.close(handle)
     try:
-        include = f"-I{HEADER.parent}"
+        include = f"-I{HERE}"
         subprocess.run(
             [*command, include, "-o", draft, str(source)], capture_output=True, check=True, timeout=TIMEOUT_S
         )

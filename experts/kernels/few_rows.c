@@ -7,19 +7,14 @@
 // Letters: M rows, N outputs, K inputs, E experts, F their width, H hidden size.
 #include <math.h>
 #include <omp.h>
-#include <pthread.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
+#include "scratch.h"
+#include "tiles.h"
 #include "vector.h"
 
 enum {
-    SIDE = 16,          // a strip of the matrix and a group of rows: one tile has SIDE x SIDE sums
-    STEP = 32,          // inputs that one tile takes in
     AHEAD = 512,        // bytes of a matrix row that are asked for before they are needed, without AMX
-    TILE = 1024,        // bytes
     WORTH_A_THREAD = 1 << 17,  // elements of a matrix; threads meet too slowly for less
 };
 
@@ -36,18 +31,6 @@ static long groups_of(long M) { return (M + SIDE - 1) / SIDE; }
 // ---- sums of one strip and one group
 
 #ifdef __AMX_BF16__
-
-enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-
-static int prepare(void) { return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0; }
-
-static void begin(void) {
-    struct { uint8_t palette, start, zero[14]; uint16_t width[16]; uint8_t height[16]; } shape = {.palette = 1};
-    for (int t = 0; t < 8; t++) { shape.width[t] = 64; shape.height[t] = SIDE; }
-    __asm__ volatile("ldtilecfg %0" ::"m"(shape) : "memory");
-}
-
-static void end(void) { _tile_release(); }
 
 // One group of rows to the tiles [K / STEP][pair of inputs][row]; rows that are not there are zeros.
 static void pack_group(const Input *in, long group, char *tiles) {
@@ -99,9 +82,6 @@ static void block(const Input *in, long group, int second, const bf16 *w0, const
 
 #else
 
-static int prepare(void) { return 1; }
-static void begin(void) {}
-static void end(void) {}
 static void pack_group(const Input *in, long group, char *tiles) { (void)in; (void)group; (void)tiles; }
 
 static inline __attribute__((always_inline)) void dots(const bf16 *x, const bf16 *w, long K, float *out, const int M) {
@@ -159,29 +139,7 @@ static __m512 swiglu(__m512 gate, __m512 up) {
 
 // ---- work of all threads
 
-enum { TILES, MIDDLE, ROWS, RESULTS, LOGITS, ROOMS };
-typedef struct { char *at; size_t bytes; } Room;
-static pthread_key_t rooms_key;
-
-static void free_rooms(void *rooms) {
-    for (int which = 0; which < ROOMS; which++) free(((Room *)rooms)[which].at);
-    free(rooms);
-}
-
-__attribute__((constructor)) static void make_key(void) { pthread_key_create(&rooms_key, free_rooms); }
-
-// Memory of the calling thread that grows, stays, and ends with the thread.
-static char *scratch(int which, size_t bytes) {
-    Room *rooms = pthread_getspecific(rooms_key);
-    if (!rooms) pthread_setspecific(rooms_key, rooms = calloc(ROOMS, sizeof(Room)));
-    Room *room = &rooms[which];
-    if (room->bytes < bytes) {
-        free(room->at);
-        room->bytes = (bytes + bytes / 2 + 63) / 64 * 64;
-        room->at = aligned_alloc(64, room->bytes);
-    }
-    return room->at;
-}
+enum { TILES, MIDDLE, ROWS, RESULTS, LOGITS };  // rooms of scratch
 
 static long share(long items, int thread, int threads) { return items * thread / threads; }
 

@@ -14,13 +14,12 @@ import torch
 
 from experts.arithmetic import Arithmetic, PlainArithmetic, TiledArithmetic
 from experts.ffn import ExpertWeights
-from experts.kernels.compiler import FLAGS, NUMBER, POINTER, REAL, THREADS, declare, load
+from experts.kernels.compiler import NUMBER, POINTER, REAL, THREADS, declare, load, prepared
 
 MAX_ROWS = 256
 """Torch's product is as fast from about here on."""
 MAX_ROWS_PER_EXPERT = 512
 STRIP, STEP = 16, 32
-WITHOUT_AMX = (*FLAGS, "-mno-amx-bf16", "-mno-amx-tile", "-mno-amx-int8")
 HERE = Path(__file__).parent
 
 
@@ -186,12 +185,7 @@ def _is_plain(weights: ExpertWeights, hidden: int, width: int) -> bool:
 @cache
 def _products() -> ctypes.CDLL | None:
     """The compiled products; None where the CPU or the compiler lacks something."""
-    # A kernel may keep the tiles of a CPU that has them from its processes.
-    for flags in (FLAGS, WITHOUT_AMX):
-        library = load_products(flags)
-        if library is None or library.herd_prepare():
-            return library
-    return None
+    return prepared(load_products)
 
 
 def load_products(flags: Sequence[str]) -> ctypes.CDLL | None:

@@ -1,4 +1,4 @@
-"""Decoding attention by `decode.c`; everything else as `FlashAttend` does it.
+"""Attention by `decode.c` and `prefill.c`; shapes that these do not take, as `FlashAttend` does it.
 
 Shape letters as in `router.model.attend`, B sequences.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from experts.arithmetic import Arithmetic, TiledArithmetic
-from experts.kernels.compiler import NUMBER, POINTER, REAL, THREADS, declare, load
+from experts.kernels.compiler import NUMBER, POINTER, REAL, THREADS, declare, load, prepared
 from router.model.attend import Attend, FlashAttend, PlainAttend, Turn
 from router.model.spans import Span
 from router.model.tiled_attend import TiledAttend
@@ -30,15 +30,18 @@ def choose_attend(dtype: torch.dtype, device: torch.device, arithmetic: Arithmet
         return TiledAttend(arithmetic)
     if device.type != "cpu":
         return PlainAttend()
-    decode, turn = (_decode(), _turn()) if dtype is torch.bfloat16 else (None, None)
-    return FlashAttend() if decode is None or turn is None else NativeAttend(decode, turn)
+    if dtype is not torch.bfloat16:
+        return FlashAttend()
+    decode, prefill, turn = _decode(), _prefill(), _turn()
+    return FlashAttend() if decode is None or prefill is None or turn is None else NativeAttend(decode, prefill, turn)
 
 
 class NativeAttend:
-    """All sequences that decode in one call; prefills by torch."""
+    """All sequences that decode in one call, all others in another."""
 
-    def __init__(self, decode: ctypes.CDLL, turn: ctypes.CDLL) -> None:
+    def __init__(self, decode: ctypes.CDLL, prefill: ctypes.CDLL, turn: ctypes.CDLL) -> None:
         self._decode = decode
+        self._prefill = prefill
         self._turn = turn
         self._flash = FlashAttend()
 
@@ -85,15 +88,18 @@ class NativeAttend:
         chunked: bool,
     ) -> torch.Tensor:
         num_heads, head_dim = query_TND.shape[1:]
-        num_decodes = next((index for index, span in enumerate(spans) if span.count > 1), len(spans))
         fits = head_dim <= MAX_HEAD_DIM and not head_dim % STEP
-        if not num_decodes or not fits or num_heads // keys_SGD.shape[1] > MAX_HEADS_PER_GROUP:
+        if not fits or num_heads // keys_SGD.shape[1] > MAX_HEADS_PER_GROUP:
             return self._flash(query_TND, keys_SGD, values_SGD, spans, chunked)
+        num_decodes = next((index for index, span in enumerate(spans) if span.count > 1), len(spans))
         if query_TND.stride()[1:] != (head_dim, 1):
             query_TND = query_TND.contiguous()
         mixed_TND = query_TND.new_empty(query_TND.shape)
-        self._fill_decodes(query_TND, mixed_TND, keys_SGD, values_SGD, spans[:num_decodes], chunked)
-        self._flash.fill(mixed_TND, query_TND, keys_SGD, values_SGD, spans[num_decodes:], chunked)
+        tensors = (query_TND, mixed_TND, keys_SGD, values_SGD)
+        if num_decodes:
+            self._fill_decodes(*tensors, spans[:num_decodes], chunked)
+        if num_decodes < len(spans):
+            self._fill_prefills(*tensors, spans[num_decodes:], chunked)
         return mixed_TND
 
     def _fill_decodes(
@@ -106,18 +112,39 @@ class NativeAttend:
         chunked: bool,
     ) -> None:
         """Write the first rows of `mixed_TND`, one for each span."""
-        runs = [span.runs(chunked) for span in spans]
-        flat = [run for of_one in runs for run in of_one]
-        array = ctypes.c_long * len(flat)
         self._decode.herd_decode(
             query_TND.data_ptr(),
             query_TND.stride(0),
             mixed_TND.data_ptr(),
             keys_SGD.data_ptr(),
             values_SGD.data_ptr(),
-            array(*(run.start for run in flat)),
-            array(*(len(run) for run in flat)),
-            (ctypes.c_long * (len(spans) + 1))(0, *accumulate(map(len, runs))),
+            *runs_of(spans, chunked),
+            len(spans),
+            query_TND.shape[1],
+            *keys_SGD.shape[1:],
+            torch.get_num_threads(),
+        )
+
+    def _fill_prefills(
+        self,
+        query_TND: torch.Tensor,
+        mixed_TND: torch.Tensor,
+        keys_SGD: torch.Tensor,
+        values_SGD: torch.Tensor,
+        spans: Sequence[Span],
+        chunked: bool,
+    ) -> None:
+        """Write the rows of `spans` in `mixed_TND`."""
+        numbers = NUMBER * len(spans)
+        self._prefill.herd_prefill(
+            query_TND.data_ptr(),
+            query_TND.stride(0),
+            mixed_TND.data_ptr(),
+            keys_SGD.data_ptr(),
+            values_SGD.data_ptr(),
+            numbers(*(span.row for span in spans)),
+            numbers(*(span.count for span in spans)),
+            *runs_of(spans, chunked),
             len(spans),
             query_TND.shape[1],
             *keys_SGD.shape[1:],
@@ -125,12 +152,42 @@ class NativeAttend:
         )
 
 
+Numbers = ctypes.Array[ctypes.c_long]
+
+
+def runs_of(spans: Sequence[Span], chunked: bool) -> tuple[Numbers, Numbers, Numbers]:
+    """As the kernels read them: starts and lengths of the runs of all spans, and the first run of each span."""
+    runs = [span.runs(chunked) for span in spans]
+    flat = [run for of_one in runs for run in of_one]
+    array = NUMBER * len(flat)
+    first = (NUMBER * (len(runs) + 1))(0, *accumulate(map(len, runs)))
+    return array(*(run.start for run in flat)), array(*(len(run) for run in flat)), first
+
+
 @cache
 def _decode() -> ctypes.CDLL | None:
     """The compiled attention; None where the CPU or the compiler lacks something."""
-    library = load(HERE / "decode.c")
+    return prepared(load_decode)
+
+
+def load_decode(flags: Sequence[str]) -> ctypes.CDLL | None:
+    """`decode.c` compiled with `flags`; `herd_prepare` says whether this process may run it."""
+    library = load(HERE / "decode.c", flags=flags)
     if library is not None:
         declare(library, "herd_decode", [POINTER, NUMBER, *[POINTER] * 6, NUMBER, NUMBER, NUMBER, NUMBER, THREADS])
+    return library
+
+
+@cache
+def _prefill() -> ctypes.CDLL | None:
+    return prepared(load_prefill)
+
+
+def load_prefill(flags: Sequence[str]) -> ctypes.CDLL | None:
+    """`prefill.c`, likewise."""
+    library = load(HERE / "prefill.c", flags=flags)
+    if library is not None:
+        declare(library, "herd_prefill", [POINTER, NUMBER, *[POINTER] * 8, NUMBER, NUMBER, NUMBER, NUMBER, THREADS])
     return library
 
 

@@ -9,7 +9,6 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from experts.config import ModelConfig
 from experts.kernels.compiler import NUMBER, POINTER, REAL, THREADS, load
 from experts.kernels.native import MAX_ROWS, NativeArithmetic
-from router.kernels.native import MAX_HEAD_DIM, MAX_HEADS_PER_GROUP, STEP, NativeAttend
+from router.kernels.native import MAX_HEAD_DIM, MAX_HEADS_PER_GROUP, STEP, NativeAttend, runs_of
 from router.model.attention import Attention, Place, Sublayer
 from router.model.weights import LayerWeights
 
@@ -124,11 +123,7 @@ class NativeSublayer:
         if known is not None and known.place is place:
             return known.step
         slots_T = place.slots(chunked)
-        runs = [span.runs(chunked) for span in place.spans]
-        flat = [run for of_one in runs for run in of_one]
-        array = NUMBER * len(flat)
-        starts, lengths = array(*(run.start for run in flat)), array(*(len(run) for run in flat))
-        first = (NUMBER * (len(runs) + 1))(0, *accumulate(map(len, runs)))
+        starts, lengths, first = runs_of(place.spans, chunked)
         step = _Step(
             turns=place.rotation.data_ptr(),
             temperatures=place.temperature.data_ptr(),
@@ -136,7 +131,7 @@ class NativeSublayer:
             starts=ctypes.addressof(starts),
             lengths=ctypes.addressof(lengths),
             first=ctypes.addressof(first),
-            T=len(runs),
+            T=len(place.spans),
             threads=torch.get_num_threads(),
         )
         self._steps[chunked] = _Prepared(place, slots_T, step, (starts, lengths, first))

@@ -64,7 +64,7 @@ def test_whatever_a_library_is_made_of_is_in_its_name(
     assert answer(load(source, cache_dir=cache_dir)) == 43
     header = tmp_path / "vector.h"
     header.write_text("#pragma once\n")
-    monkeypatch.setattr(compiler, "HEADER", header)
+    monkeypatch.setattr(compiler, "HEADERS", (header,))
     assert answer(load(source, cache_dir=cache_dir)) == 43
     wrapper = tmp_path / "other-cc"
     wrapper.write_text('#!/bin/sh\n[ "$1" = --version ] && echo other\nexec cc "$@"\n')

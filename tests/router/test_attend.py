@@ -9,14 +9,21 @@ from random import Random
 import pytest
 import torch
 from attending import Case, break_up, make_span, random_case, spelled_out
-from compiled import Threads, needs_kernels, same_bits
+from compiled import VARIANTS, Threads, needs_kernels, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experts.arithmetic import PlainArithmetic, TiledArithmetic
-from experts.kernels.compiler import load
+from experts.kernels.compiler import cpu_flags, load
 from router.kernels import native as native_module
-from router.kernels.native import MAX_HEAD_DIM, MAX_HEADS_PER_GROUP, NativeAttend, choose_attend
+from router.kernels.native import (
+    MAX_HEAD_DIM,
+    MAX_HEADS_PER_GROUP,
+    NativeAttend,
+    choose_attend,
+    load_decode,
+    load_prefill,
+)
 from router.model.attend import Attend, FlashAttend, PlainAttend, Turn
 from router.model.rope import rotations
 from router.model.tiled_attend import TILE, TiledAttend
@@ -34,10 +41,16 @@ DECODES_FIRST = PIECES.map(lambda pieces: sorted(pieces, key=lambda piece: piece
 HEADS = st.tuples(st.integers(1, 3), st.integers(1, 8), st.sampled_from([8, 16, 24, 32, 64, 96, 128]))
 
 
-def native() -> NativeAttend:
-    decode, turn = native_module._decode(), native_module._turn()
-    assert decode is not None and turn is not None
-    return NativeAttend(decode, turn)
+variants = pytest.mark.parametrize("variant", [*VARIANTS])
+
+
+def native(variant: str = "without AMX") -> NativeAttend:
+    if variant == "with AMX" and "amx_bf16" not in cpu_flags():
+        pytest.skip("this CPU lacks AMX")
+    decode, prefill, turn = load_decode(VARIANTS[variant]), load_prefill(VARIANTS[variant]), native_module._turn()
+    assert decode is not None and prefill is not None and turn is not None
+    assert decode.herd_prepare() and prefill.herd_prepare()
+    return NativeAttend(decode, prefill, turn)
 
 
 def attend(way: Attend, case: Case) -> torch.Tensor:
@@ -70,30 +83,52 @@ def test_bfloat16(seed: int, pieces: list[tuple[int, int]], heads: tuple[int, in
 
 
 @needs_kernels
+@variants
 @pytest.mark.parametrize("threads", [1, 2])
 @anything
-@given(seed=st.integers(0, 1 << 20), pieces=PIECES | DECODES_FIRST, heads=HEADS)
-def test_compiled(seed: int, pieces: list[tuple[int, int]], heads: tuple[int, int, int], threads: int) -> None:
+@given(seed=st.integers(0, 1 << 20), pieces=DECODES_FIRST, heads=HEADS)
+def test_compiled(
+    seed: int, pieces: list[tuple[int, int]], heads: tuple[int, int, int], threads: int, variant: str
+) -> None:
     case = random_case(seed, pieces, heads, BF16)
     exact, sizes = spelled_out(case)
     with Threads(threads):
-        mixed = attend(native(), case)
+        mixed = attend(native(variant), case)
     error = (mixed.double() - exact).abs()
     assert (error <= HALF_STEP * exact.abs() + 2 * HALF_STEP * sizes).all()
     num_decodes = next((at for at, span in enumerate(case.spans) if span.count > 1), len(case.spans))
-    if not heads[2] % 32:
-        # Ours sums in float32 throughout.
+    if not heads[2] % 32 and variant == "without AMX":
+        # Decodes are then in float32 throughout.
         assert (error <= HALF_STEP * exact.abs() + 1e-4 * sizes)[:num_decodes].all()
 
 
 @needs_kernels
+@variants
 @pytest.mark.parametrize("head_dim", [32, 256])
-def test_compiled_at_its_limits(head_dim: int) -> None:
+def test_compiled_at_its_limits(head_dim: int, variant: str) -> None:
     for per_kv in (MAX_HEADS_PER_GROUP, MAX_HEADS_PER_GROUP + 1):
         for size in (head_dim, MAX_HEAD_DIM + 32):
             case = random_case(per_kv, [(40, 1), (0, 1)], (1, per_kv, size), BF16)
             exact, sizes = spelled_out(case)
-            assert ((attend(native(), case).double() - exact).abs() <= 3 * HALF_STEP * sizes).all()
+            assert ((attend(native(variant), case).double() - exact).abs() <= 3 * HALF_STEP * sizes).all()
+
+
+@needs_kernels
+@variants
+@pytest.mark.parametrize("head_dim", [32, 96, 128])
+def test_compiled_decodes_depend_on_neither_threads_nor_neighbours(head_dim: int, variant: str) -> None:
+    case = random_case(12, [(past, 1) for past in (0, 31, 64, 200, 463)], (2, 5, head_dim), BF16)
+    way = native(variant)
+    mixed = attend(way, case)
+    exact, sizes = computed_in_float64(case)
+    assert ((mixed.double() - exact).abs() <= HALF_STEP * exact.abs() + 2 * HALF_STEP * sizes).all()
+    for threads in (1, 3):
+        with Threads(threads):
+            assert same_bits(attend(way, case), mixed)
+            for span in case.spans:
+                alone = make_span(0, 1, span.runs(case.chunked), case.chunked)
+                found = way(case.query_TND[span.rows], case.keys_SGD, case.values_SGD, [alone], case.chunked)
+                assert same_bits(found, mixed[span.rows])
 
 
 @needs_kernels
@@ -106,22 +141,103 @@ def test_compiled_with_queries_out_of_order_in_memory() -> None:
 
 
 @needs_kernels
-def test_compiled_hands_on_what_is_no_number() -> None:
+@variants
+def test_compiled_hands_on_what_is_no_number(variant: str) -> None:
     case = random_case(4, [(40, 1), (20, 1)], (1, 2, 32), BF16)
-    clean = attend(native(), case)
+    clean = attend(native(variant), case)
     case.query_TND[0, 0, 3] = math.nan
-    mixed = attend(native(), case)
+    mixed = attend(native(variant), case)
     assert mixed[0, 0].isnan().all()
     assert same_bits(mixed[0, 1], clean[0, 1]) and same_bits(mixed[1], clean[1])
 
 
 @needs_kernels
+@variants
 @pytest.mark.parametrize("scale", [1e-20, 30.0, 1000.0])
-def test_compiled_with_scores_of_any_size(scale: float) -> None:
+def test_compiled_with_scores_of_any_size(scale: float, variant: str) -> None:
     case = random_case(5, [(100, 1), (33, 1)], (2, 3, 64), BF16)
     case.query_TND.mul_(scale)
     exact, sizes = spelled_out(case)
-    assert ((attend(native(), case).double() - exact).abs() <= HALF_STEP * exact.abs() + 1e-3 * sizes).all()
+    allowed = HALF_STEP * exact.abs() + (2 * HALF_STEP if variant == "with AMX" else 1e-3) * sizes
+    assert ((attend(native(variant), case).double() - exact).abs() <= allowed).all()
+
+
+# ---- compiled prefills
+
+
+def computed_in_float64(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `spelled_out`, faster and less plain."""
+    query, keys, values = case.query_TND.double(), case.keys_SGD.double(), case.values_SGD.double()
+    mixed, sizes = (PlainAttend()(query, keys, one, case.spans, case.chunked) for one in (values, values.abs()))
+    return mixed, sizes
+
+
+def check_prefill(way: Attend, case: Case) -> None:
+    exact, sizes = computed_in_float64(case)
+    error = (attend(way, case).double() - exact).abs()
+    # Shares are rounded before they meet the values.
+    assert (error <= HALF_STEP * exact.abs() + 2 * HALF_STEP * sizes).all()
+
+
+@needs_kernels
+@variants
+@settings(anything, max_examples=30)
+@given(
+    seed=st.integers(0, 1 << 20),
+    pieces=st.lists(st.tuples(st.integers(0, 600), st.integers(2, 400)), min_size=1, max_size=4),
+    heads=st.tuples(st.integers(1, 3), st.integers(1, 16), st.sampled_from(range(32, 257, 32))),
+    threads=st.integers(1, 3),
+)
+def test_compiled_prefills(
+    seed: int, pieces: list[tuple[int, int]], heads: tuple[int, int, int], threads: int, variant: str
+) -> None:
+    with Threads(threads):
+        check_prefill(native(variant), random_case(seed, pieces, heads, BF16))
+
+
+@needs_kernels
+@variants
+@pytest.mark.parametrize("pieces", [[(0, 3000)], [(3000, 2), (1, 2)], [(2900, 300), (0, 2)]], ids=str)
+def test_compiled_prefills_of_any_length(pieces: list[tuple[int, int]], variant: str) -> None:
+    check_prefill(native(variant), random_case(8, pieces, (1, 5, 64), BF16))
+
+
+@needs_kernels
+@variants
+def test_compiled_prefills_depend_on_neither_threads_nor_neighbours(variant: str) -> None:
+    case = random_case(9, [(40, 1), (300, 40), (0, 270), (17, 2)], (2, 5, 96), BF16)
+    way = native(variant)
+    mixed = attend(way, case)
+    for threads in (1, 2, 5):
+        with Threads(threads):
+            assert same_bits(attend(way, case), mixed)
+            for span in case.spans:
+                alone = make_span(0, span.count, span.runs(case.chunked), case.chunked)
+                found = way(case.query_TND[span.rows], case.keys_SGD, case.values_SGD, [alone], case.chunked)
+                assert same_bits(found, mixed[span.rows])
+
+
+@needs_kernels
+@variants
+@pytest.mark.parametrize("scale", [1e-20, 30.0, 1000.0])
+def test_compiled_prefills_with_scores_of_any_size(scale: float, variant: str) -> None:
+    case = random_case(10, [(300, 20), (0, 33)], (2, 3, 64), BF16)
+    case.query_TND.mul_(scale)
+    check_prefill(native(variant), case)
+
+
+@needs_kernels
+@variants
+def test_compiled_prefills_hand_on_what_is_no_number(variant: str) -> None:
+    case = random_case(11, [(300, 40), (0, 20)], (2, 2, 32), BF16)
+    way = native(variant)
+    clean = attend(way, case)
+    # One head of a token in the middle of its span.
+    case.query_TND[7, 1, 3] = math.nan
+    mixed = attend(way, case)
+    assert mixed[7, 1].isnan().all()
+    mixed[7, 1] = clean[7, 1]
+    assert same_bits(mixed, clean)
 
 
 # ---- however a sequence is cut

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from experts.kernels.compiler import FLAGS, NEEDED, cpu_flags
-from experts.kernels.native import WITHOUT_AMX, NativeArithmetic, load_norms, load_products
+from experts.kernels.compiler import FLAGS, NEEDED, WITHOUT_AMX, cpu_flags
+from experts.kernels.native import NativeArithmetic, load_norms, load_products
 
 
 def reason_against() -> str:
