@@ -37,7 +37,7 @@ from router.resume import (
 )
 from router.wire.codec import MAX_MESSAGE_BYTES, encode_submit
 
-SILENCE_S = 0.6
+SILENCE_S = 0.5
 
 
 class RouterPool:

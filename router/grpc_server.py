@@ -38,7 +38,7 @@ from router.wire.codec import (
 MAX_DETAILS = 500
 """Characters of an error's text in a status: the rest of the header belongs to the refusal."""
 
-BEAT_S = 0.15
+BEAT_S = 0.12
 
 STOP_SLACK_S = 5.0
 """How much longer than its grace a stop may take before it is our bug."""
