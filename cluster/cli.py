@@ -68,6 +68,7 @@ def _parser(version: str) -> argparse.ArgumentParser:
     _add_drill(commands.add_parser("drill", help="break a running cluster on purpose, and judge what its users saw"))
     _add_make_tiny(commands.add_parser("make-tiny", help="write a tiny checkpoint with random weights"))
     _add_demo(commands.add_parser("demo", help="serve a tiny checkpoint, ask it, kill a host, ask again"))
+    _add_simulate(commands.add_parser("simulate", help="look for bugs in a simulated cluster"))
     _add_bench(commands.add_parser("bench", help="measure a server, the engine alone, or the links"))
     return parser
 
@@ -146,6 +147,14 @@ def _add_make_tiny(parser: argparse.ArgumentParser) -> None:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_demo)
+
+
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(title="what", metavar="WHAT", required=True)
+    faults = kinds.add_parser("faults", help="faults drawn by seeds, on virtual time and a faulty network")
+    faults.set_defaults(run=_simulate_faults)
+    faults.add_argument("--seeds", metavar="A-B", default="0-199", help="seeds to run, or a single one (0-199)")
+    faults.add_argument("--verbose", action="store_true", help="print everything that happens")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -316,6 +325,12 @@ def _demo(options: argparse.Namespace) -> int:
     from cluster.demo import run_demo
 
     return run_demo()
+
+
+def _simulate_faults(options: argparse.Namespace) -> int:
+    from cluster.simulate.run import parse_seeds, print_runs
+
+    return FAILED if print_runs(parse_seeds(options.seeds), verbose=options.verbose) else 0
 
 
 def _bench_engine(options: argparse.Namespace) -> int:

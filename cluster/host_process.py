@@ -17,17 +17,16 @@ import torch
 from cluster.config import ServeSettings
 from cluster.local import choose_device, choose_products, open_model
 from cluster.metrics import HostNumbers, MetricsPage, host_families
+from cluster.order_follower import OrderFollower
 from cluster.topology import Role, advertised_host, needs
-from experts.errors import HerdError, InvalidInput
+from experts.errors import InvalidInput
 from experts.grpc_control import HostLink
 from experts.host import ExpertHost
-from experts.placement import ExpertKey
-from experts.reports import HostOrder, HostReport
+from experts.reports import HostReport
 from experts.transport.grpc_server import serve_expert_host
 
 ORPHAN_S = 60.0
 """Without the controller and without any router for so long, nobody will ever come back for this host."""
-FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 STOP_GRACE_S = 2.0
 
 log = logging.getLogger(__name__)
@@ -70,25 +69,20 @@ class HostProcess:
         self.metrics = MetricsPage(lambda: host_families(self.numbers()), bind=bind, ports=settings.metrics_ports)
         self._node = node
         self._held_bytes = 0
-        self._problem = ""
         self._leave = leave
         self._orphan_s = orphan_s
-        self._order: HostOrder | None = None
-        self._ordered = threading.Condition()
         self._stopping = threading.Event()
+        self.follower = OrderFollower(self.host, on_progress=self._progressed, leave=leave)
         self.link = HostLink(
-            resolve=resolve, report=self.report, on_order=self._take, on_cut=self.server.cut, tls=identity
+            resolve=resolve, report=self.report, on_order=self.follower.take, on_cut=self.server.cut, tls=identity
         )
-        self._threads = [
-            threading.Thread(target=self._work, name="host-loader", daemon=True),
-            threading.Thread(target=self._watch, name="host-watch", daemon=True),
-        ]
+        self._watcher = threading.Thread(target=self._watch, name="host-watch", daemon=True)
 
     def start(self) -> None:
         """Tell the controller, and do what it orders."""
         self.link.start()
-        for thread in self._threads:
-            thread.start()
+        self.follower.start()
+        self._watcher.start()
 
     def report(self) -> HostReport:
         """How this host is now, for the controller."""
@@ -103,7 +97,7 @@ class HostProcess:
             held=self.host.held(),
             held_bytes=self.host.held_bytes,
             rows_total=self.host.rows_total,
-            problem=self._problem,
+            problem=self.follower.problem,
             cost=self.host.cost,
         )
 
@@ -116,57 +110,18 @@ class HostProcess:
     def stop(self) -> None:
         """Answer what is being computed, then end every part."""
         self._stopping.set()
-        with self._ordered:
-            self._ordered.notify_all()
+        self.follower.stop()
         self.link.close()
         self.server.stop(STOP_GRACE_S)
         self.metrics.close()
-        for thread in self._threads:
-            thread.join(timeout=STOP_GRACE_S)
+        self.follower.join(STOP_GRACE_S)
+        self._watcher.join(timeout=STOP_GRACE_S)
 
-    def _take(self, order: HostOrder) -> None:
-        with self._ordered:
-            self._order = order
-            self._ordered.notify_all()
-
-    def _work(self) -> None:
-        """Follow the newest order; what cannot be loaded is tried again, ever more slowly."""
-        pause = FIRST_RETRY_S
-        while not self._stopping.is_set():
-            with self._ordered:
-                order = self._order
-                if order is None or (self.host.held() == order.target and not order.retire):
-                    self._ordered.wait()
-                    pause = FIRST_RETRY_S
-                    continue
-            if order.retire:
-                log.warning("host %s is not wanted any more", self.name)
-                self._leave()
-                return
-            self._follow(order)
-            self.link.poke()
-            if self._problem:
-                with self._ordered:
-                    self._ordered.wait(pause)
-                pause = min(2 * pause, LAST_RETRY_S)
-
-    def _follow(self, order: HostOrder) -> None:
-        """Load, then evict; stop as soon as there is a newer order."""
-        failures: dict[ExpertKey, HerdError] = {}
-        for key in sorted(order.target - self.host.held()):
-            if self._order is not order or self._stopping.is_set():
-                return
-            try:
-                self.host.load(key)
-            except HerdError as error:
-                failures[key] = error
-        for key in self.host.held() - order.target:
-            self.host.evict(key)
+    def _progressed(self) -> None:
+        """What an expert costs is measured once, on the first ones that are here."""
         if self.host.cost is None:
             self.host.measure()
-        self._problem = _summary(failures)
-        if failures:
-            log.error("host %s: %s", self.name, self._problem)
+        self.link.poke()
 
     def _watch(self) -> None:
         while not self._stopping.wait(min(1.0, self._orphan_s / 4)):
@@ -193,11 +148,3 @@ def tell_failure(
     link.start()
     time.sleep(for_s)
     link.close()
-
-
-def _summary(failures: dict[ExpertKey, HerdError]) -> str:
-    if not failures:
-        return ""
-    (layer, expert), error = next(iter(failures.items()))
-    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-    return f"expert {expert} of layer {layer} cannot be loaded: {error}{more}"

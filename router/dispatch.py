@@ -169,6 +169,10 @@ class RemoteExperts:
         self.stats.decisions += 1
         for effect in effects:
             self._carry_out(effect, now, result_TH)
+        # Only now: several of them may end one dispatch together.
+        for effect in effects:
+            if isinstance(effect, Take | Lose):
+                self._forget_if_done(effect.dispatch)
 
     def _carry_out(self, effect: Effect, now: float, result_TH: torch.Tensor | None) -> None:
         match effect:
@@ -177,11 +181,9 @@ class RemoteExperts:
             case Take():
                 assert result_TH is not None
                 self._pendings[effect.dispatch].accept(effect.shipment, effect.parts, result_TH, now)
-                self._forget_if_done(effect.dispatch)
             case Lose():
                 self._pendings[effect.dispatch].lose(effect.parts)
                 self.stats.rows_lost += sum(part.stop - part.start for part in effect.parts)
-                self._forget_if_done(effect.dispatch)
             case Probe():
                 shipment = Shipment(segments=(), rows_TH=self._nothing_TH, epoch=self._state.placement.epoch)
                 self._under_way[self.transport.send(effect.host, shipment, effect.deadline)] = effect.shipment

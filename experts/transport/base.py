@@ -82,7 +82,8 @@ class Transport(Protocol):
         ...
 
     def revived(self) -> frozenset[str]:
-        """Hosts that, since the last call, answered again after a `DeadlinePassed` of theirs: slow, not dead.
+        """Hosts that, since the last call, answered again after a `DeadlinePassed` of theirs: slow, not dead; and those
+        whose link ended after one, for a new link begins with an answer.
 
         Ask once every result of a `poll` is taken: what a host answered by then may be part of the answer.
         """

@@ -139,7 +139,8 @@ class GrpcTransport:
             self._sort(self._arrived.get_nowait())
 
     def _sort(self, arrival: Arrival) -> None:
-        """A host answers in turn, so whatever comes from a silent one ends its silence."""
+        """A host answers in turn, so whatever comes from a silent one ends its silence; so does the end of its link,
+        for a new one begins with an answer."""
         waited_for = self._waiting.pop(arrival.ticket, None) is not None
         if waited_for and isinstance(arrival.outcome, TransportError):
             self._fail(arrival.ticket, arrival.outcome)
@@ -147,8 +148,7 @@ class GrpcTransport:
             self._ready.append((arrival.ticket, arrival.outcome))
         if arrival.host in self._silent:
             self._silent.discard(arrival.host)
-            if not isinstance(arrival.outcome, HostLost):
-                self._revived.add(arrival.host)
+            self._revived.add(arrival.host)
 
     def _fail(self, ticket: Ticket, error: TransportError) -> None:
         if isinstance(error, DeadlinePassed):

@@ -155,7 +155,9 @@ class FaultyLocalTransport(LocalTransport):
             return revived
 
     def _end(self, host: str) -> None:
-        self._owing.discard(host)
+        if host in self._owing:
+            self._owing.discard(host)
+            self._revived.add(host)
         for ticket in self._held_by(host):
             del self._held[ticket]
             self._ready.append((ticket, HostLost(host, "its link ended")))

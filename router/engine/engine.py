@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from experts.errors import InvalidInput, RouterLost
 from experts.placement import ExpertKey
+from experts.threads import Threads
 from router.engine.images import ImageInput, ImageRules, place_images
 from router.engine.kv_cache import KVNumbers
 from router.engine.request import Event, FinishEvent, Request, SamplingParams
@@ -70,6 +71,7 @@ class Engine:
         begin_step: Callable[[float], None] = lambda give_up_at: None,
         image_rules: ImageRules | None = None,
         clock: Callable[[], float] = time.monotonic,
+        threads: Threads = threading,
     ) -> None:
         self.stats = EngineStats()
         self._scheduler = scheduler
@@ -79,14 +81,14 @@ class Engine:
         self._begin_step = begin_step
         self._image_rules = image_rules
         self._clock = clock
-        self._changed = threading.Condition()
+        self._changed = threads.Condition()
         self._sinks: dict[str, _Sink] = {}
         self._cancels: list[str] = []
         self._early: list[Event] = []
         self._retry_at: dict[str, tuple[float, float]] = {}
         self._stopping = False
         self._failed_steps = 0
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread = threads.Thread(target=self._serve, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()

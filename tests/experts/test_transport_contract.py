@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from expert_hosts import HIDDEN, ask, assert_answers, collect, make_shipment, soon
-from transport_rigs import GrpcRig, LocalRig, Rig
+from transport_rigs import GrpcRig, LocalRig, Rig, VirtualRig
 
 from experts.errors import DeadlinePassed, HostFailed, HostLost, NotHosted
 from experts.ffn import ExpertWeights
@@ -19,13 +20,16 @@ KEYS: dict[str, list[ExpertKey]] = {"a": [FIRST, SECOND], "b": [SECOND, THIRD]}
 RigMaker = Callable[..., Rig]
 
 
-@pytest.fixture(params=[LocalRig, GrpcRig], ids=["local", "grpc"])
-def make_rig(request: pytest.FixtureRequest) -> Iterator[RigMaker]:
+@pytest.fixture(params=[LocalRig, GrpcRig, VirtualRig], ids=["local", "grpc", "virtual"])
+def make_rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[RigMaker]:
     rigs: list[Rig] = []
 
     def make(dtype: torch.dtype = torch.float32) -> Rig:
         rig: Rig = request.param(KEYS, dtype)
         rigs.append(rig)
+        if isinstance(rig, VirtualRig):
+            monkeypatch.setattr("expert_hosts.time", rig.time)
+            monkeypatch.setattr(sys.modules[__name__], "time", rig.time)
         rig.begin()
         return rig
 
@@ -163,6 +167,19 @@ def test_a_late_answer_is_dropped_and_tells_that_the_host_lives(rig: Rig) -> Non
     assert rig.transport.revived() == frozenset()
     shipment = make_shipment({FIRST: 1})
     assert_answers(shipment, ask(rig.transport, "a", shipment, soon()))
+    assert rig.transport.revived() == frozenset()
+
+
+def test_the_end_of_a_link_ends_the_silence_of_its_host(rig: Rig) -> None:
+    """Between two looks a link may end and form anew: nothing else would tell that the host is well."""
+    rig.stall("a")
+    assert isinstance(ask(rig.transport, "a", make_shipment({FIRST: 1}), time.monotonic() + 0.05), DeadlinePassed)
+    assert rig.transport.revived() == frozenset()
+    rig.kill("a")
+    rig.wait_linked("b")
+    rig.restart("a")
+    rig.wait_linked("a", "b")
+    assert rig.transport.revived() == {"a"}
     assert rig.transport.revived() == frozenset()
 
 

@@ -227,3 +227,16 @@ def test_interleaved_forwards_equal_forwards_alone(folder: Path) -> None:
     together = run(*(decoder.forward(stepper.pack({0: 8}), stepper.store) for stepper in again))
     for expected, output in zip(alone, together, strict=True):
         assert torch.equal(output.logits_SV, expected)
+
+
+def test_hosts_that_are_lost_together_lose_their_rows_and_nothing_breaks(folder: Path) -> None:
+    """One look at the links ends both shipments, and with the second the dispatch."""
+    cluster = Cluster(folder, 2, 1)
+    cluster.transport.stall("host-0")
+    cluster.transport.stall("host-1")
+    x_TH, routing = random_rows(2, seed=1, choices=[0, 1])
+    pending = cluster.remote.dispatch(0, x_TH, routing)
+    cluster.transport.lose("host-0")
+    cluster.transport.lose("host-1")
+    assert pending.combine().lost == {0: ((0, 0),), 1: ((0, 1),)}
+    assert cluster.remote.stats.rows_lost == 2

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from expert_hosts import GatedHost, make_host, make_terms, wait_until
 
+from cluster.simulate.host import Health, HostListener
+from cluster.simulate.network import Network
+from cluster.simulate.process import Process
+from cluster.simulate.transport import VirtualTransport
+from cluster.simulate.world import World
 from experts.placement import ExpertKey, HostInfo
 from experts.transport.base import Transport
 from experts.transport.grpc_client import GrpcTransport
@@ -122,3 +128,54 @@ class GrpcRig(Rig):
         for name, server in self.servers.items():
             self.hosts[name].gate.set()
             server.stop(grace=0)
+
+
+class VirtualRig(Rig):
+    """Hosts on the simulator's network. `time` stands for the module: in it, looking at the clock takes half a
+    millisecond, so that whoever looks again and again sees things happen."""
+
+    def __init__(self, keys_of: dict[str, list[ExpertKey]], dtype: torch.dtype) -> None:
+        super().__init__(keys_of, dtype)
+        self.world = World(0)
+        self.network = Network(world=self.world)
+        self.processes: dict[str, Process] = {}
+        for name in keys_of:
+            self._begin(name)
+        self.transport: VirtualTransport = VirtualTransport(
+            self.network, Process(self.world, "router", 1), on_change=self.changed
+        )
+        self.time = SimpleNamespace(monotonic=self._monotonic, sleep=self._sleep)
+
+    def _begin(self, name: str) -> None:
+        info = self.infos[name]
+        self.processes[name] = Process(self.world, name, info.incarnation)
+        HostListener(
+            self.network,
+            self.processes[name],
+            self.hosts[name],
+            address=info.address,
+            incarnation=info.incarnation,
+            health=Health(),
+        )
+
+    def _sleep(self, delay_s: float) -> None:
+        self.world.run(self.world.now + delay_s)
+
+    def _monotonic(self) -> float:
+        self._sleep(0.0005)
+        return self.world.now
+
+    def stall(self, name: str) -> None:
+        self.processes[name].stop()
+
+    def resume(self, name: str) -> None:
+        self.processes[name].go_on()
+
+    def kill(self, name: str) -> None:
+        self.processes[name].kill()
+
+    def restart(self, name: str, *, elsewhere: bool = False) -> None:
+        info = self.infos[name]
+        self.infos[name] = replace(info, incarnation=info.incarnation + 1, address=f"{name}-{elsewhere}")
+        self._begin(name)
+        self.transport.connect(self.infos)
