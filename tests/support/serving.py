@@ -46,21 +46,11 @@ def until(what: str, look: Callable[[], Any], timeout_s: float = 60.0) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """A running `herd serve`."""
+class FrontDoor:
+    """Where a model is asked."""
 
-    process: subprocess.Popen[bytes]
     url: str
     model: str
-    state_dir: Path
-
-    def status(self) -> dict[str, Any]:
-        """What `herd status --json` says; an empty object while the controller does not answer."""
-        command = [sys.executable, "-m", "cluster", "status", "--json"]
-        done = subprocess.run(
-            command, capture_output=True, timeout=60, check=False, env={**os.environ, **state_env(self.state_dir)}
-        )
-        return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
     def complete(self, prompt: Sequence[int], max_tokens: int) -> str:
         """A greedy completion of token ids, streamed; end tokens are ignored so that its length is known."""
@@ -85,6 +75,22 @@ class Cluster:
         """All of them at the same time."""
         with ThreadPoolExecutor(len(prompts)) as threads:
             return list(threads.map(self.complete, prompts, max_tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster(FrontDoor):
+    """A running `herd serve`."""
+
+    process: subprocess.Popen[bytes]
+    state_dir: Path
+
+    def status(self) -> dict[str, Any]:
+        """What `herd status --json` says; an empty object while the controller does not answer."""
+        command = [sys.executable, "-m", "cluster", "status", "--json"]
+        done = subprocess.run(
+            command, capture_output=True, timeout=60, check=False, env={**os.environ, **state_env(self.state_dir)}
+        )
+        return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
 
 def state_env(state_dir: Path) -> dict[str, str]:
