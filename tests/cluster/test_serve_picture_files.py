@@ -121,9 +121,7 @@ def _served(kind: str, folder: Path, **wanted: int) -> Iterator[Served]:
     model_dir = folder / f"tiny-{kind}"
     make_tiny(kind, model_dir)
     with serving_here(model_dir, folder / "state", kv_memory=128 << 20, **wanted) as front_door:
-        yield Served(
-            front_door=front_door, tokenizer=AutoTokenizer.from_pretrained(model_dir), judge=Judge(model_dir)
-        )
+        yield Served(front_door=front_door, tokenizer=AutoTokenizer.from_pretrained(model_dir), judge=Judge(model_dir))
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ import httpx
 import torch
 from transformers import AutoConfig, AutoTokenizer, Llama4ForConditionalGeneration
 
+from cluster.processes import is_alive
+
 NEAR_TIE = 1e-4
 START_S, STOP_S, ANSWER_S = 180.0, 90.0, 180.0
 
@@ -92,6 +94,12 @@ class Cluster(FrontDoor):
         )
         return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
+    def pids(self) -> set[int]:
+        """Of all processes that the controller knows, itself among them."""
+        status = until("the controller answers", self.status)
+        members = [process["pid"] for kind in ("hosts", "routers", "ingress") for process in status[kind]]
+        return {status["controller"]["pid"], *members}
+
 
 def state_env(state_dir: Path) -> dict[str, str]:
     return {"XDG_RUNTIME_DIR": str(state_dir)}
@@ -99,7 +107,9 @@ def state_env(state_dir: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def serving(model_dir: Path, state_dir: Path, *flags: str) -> Iterator[Cluster]:
-    """`herd serve MODEL_DIR FLAGS`, ready; afterwards asked to end with SIGTERM, and seen to end well."""
+    """`herd serve MODEL_DIR FLAGS`, ready; afterwards asked to end with SIGTERM, and seen to end well and to leave
+    nothing behind. `state_dir` is its own."""
+    state_dir.mkdir(exist_ok=True)
     port = free_port()
     command = [sys.executable, "-m", "cluster", "serve", str(model_dir), "--port", str(port), *flags]
     process = subprocess.Popen(command, start_new_session=True, env={**os.environ, **state_env(state_dir)})
@@ -107,6 +117,7 @@ def serving(model_dir: Path, state_dir: Path, *flags: str) -> Iterator[Cluster]:
     try:
         until("herd serve is ready", lambda: is_ready(cluster), START_S)
         yield cluster
+        pids = cluster.pids()
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -115,6 +126,8 @@ def serving(model_dir: Path, state_dir: Path, *flags: str) -> Iterator[Cluster]:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     assert code == 0, f"herd serve ended with code {code}"
+    until("every process has ended", lambda: not any(is_alive(pid) for pid in pids))
+    assert not [path for path in state_dir.rglob("*") if path.is_file()], "files are left behind"
 
 
 def is_ready(cluster: Cluster) -> bool:
