@@ -149,6 +149,7 @@ class Judge:
             model_dir, config=config, attn_implementation="eager"
         ).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self._known: dict[tuple[int, ...], list[int]] = {}
         self.accepted = 0
 
     def check(self, prompt: Sequence[int], max_tokens: int, answer: str, pixels: torch.Tensor | None = None) -> None:
@@ -161,8 +162,17 @@ class Judge:
         assert gap < NEAR_TIE, f"answer differs and no choice was nearly tied ({gap}):\n{answer!r}\n{text!r}"
         self.accepted += 1
 
-    @torch.no_grad()
     def greedy(self, prompt: Sequence[int], max_tokens: int, pixels: torch.Tensor | None) -> list[int]:
+        """Answers to words alone are remembered."""
+        if pixels is not None:
+            return self._generate(prompt, max_tokens, pixels)
+        known = self._known.get(tuple(prompt), [])
+        if len(known) < max_tokens:
+            known = self._known[tuple(prompt)] = self._generate(prompt, max_tokens)
+        return known[:max_tokens]
+
+    @torch.no_grad()
+    def _generate(self, prompt: Sequence[int], max_tokens: int, pixels: torch.Tensor | None = None) -> list[int]:
         output = self._model.generate(
             torch.tensor([list(prompt)]),
             max_new_tokens=max_tokens,
