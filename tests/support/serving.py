@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, Llama4ForConditionalGenerati
 from cluster.processes import is_alive
 
 NEAR_TIE = 1e-4
-START_S, STOP_S, ANSWER_S = 180.0, 90.0, 180.0
+START_S, STOP_S, ANSWER_S = 300.0, 90.0, 180.0
 
 
 def free_port() -> int:
