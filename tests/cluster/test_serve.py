@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 import torch
+from picture_questions import check_alone_and_in_a_crowd
 from serving import Cluster, Judge, serving, state_env, until
 
 from cluster.tiny import make_tiny
@@ -40,34 +41,30 @@ def prompts(lengths: list[int], seed: int) -> list[list[int]]:
     return [torch.randint(0, 2000, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize(
-    ("hosts", "kind"),
-    [
-        (1, "scout"),
-        (2, "maverick"),
-        (4, "scout"),
-        pytest.param(1, "maverick", marks=pytest.mark.soak),
-        pytest.param(2, "scout", marks=pytest.mark.soak),
-        pytest.param(4, "maverick", marks=pytest.mark.soak),
-    ],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["scout", "maverick"])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_greedy_answers_equal_the_reference(folders: dict[str, Path], tmp_path: Path, kind: str, hosts: int) -> None:
-    """Prompts around chunk borders (64) and temperature steps (32), all at once and over any number of hosts."""
+    """Over any number of hosts."""
     judge = Judge(folders[kind])
     with serving(folders[kind], tmp_path, "--hosts", str(hosts), "--kv-memory", "128MiB") as cluster:
         status = cluster.status()
         assert len(status["hosts"]) == hosts
-        questions = prompts(LENGTHS, seed=hosts)
-        for prompt, answer in zip(questions, cluster.complete_all(questions, [OUTPUT] * len(questions)), strict=True):
-            judge.check(prompt, OUTPUT, answer)
-        rows = [host["rows_total"] for host in until("rows are reported", lambda: rows_everywhere(cluster))]
-        assert all(rows)
-    assert judge.accepted <= 1
+        check_greedy(cluster, judge, seed=hosts)
 
 
-def rows_everywhere(cluster: Cluster) -> list[dict[str, int]] | None:
+def check_greedy(cluster: Cluster, judge: Judge, seed: int) -> None:
+    """Prompts around chunk borders (64) and temperature steps (32), all at once, and every host has a part in them."""
+    questions, accepted = prompts(LENGTHS, seed), judge.accepted
+    for prompt, answer in zip(questions, cluster.complete_all(questions, [OUTPUT] * len(questions)), strict=True):
+        judge.check(prompt, OUTPUT, answer)
+    until("rows of every host are reported", lambda: rows_everywhere(cluster))
+    assert judge.accepted - accepted <= 1
+
+
+def rows_everywhere(cluster: Cluster) -> bool:
     hosts = cluster.status().get("hosts", [])
-    return hosts if hosts and all(host["rows_total"] for host in hosts) else None
+    return bool(hosts) and all(host["rows_total"] for host in hosts)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +78,11 @@ def cluster(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def judge(folders: dict[str, Path]) -> Judge:
     return Judge(folders["scout"])
+
+
+def test_greedy_answers_over_two_hosts_equal_the_reference(cluster: Cluster, judge: Judge) -> None:
+    check_greedy(cluster, judge, seed=2)
+    until("two hosts, routers and ingresses and a controller", lambda: len(cluster.pids()) == 7)
 
 
 def test_stock_openai_client(cluster: Cluster) -> None:
@@ -118,14 +120,23 @@ def test_bad_input_is_named_and_harms_nobody(cluster: Cluster) -> None:
 
 def test_32_streams_of_mixed_lengths_each_equal_their_solo_run(cluster: Cluster, judge: Judge) -> None:
     lengths = [1 + 7 * number % 140 for number in range(32)]
-    outputs = [1 + 5 * number % 40 for number in range(32)]
-    questions = prompts(lengths, seed=32)
+    outputs = [1 + 5 * number % 24 for number in range(32)]
+    questions, accepted = prompts(lengths, seed=32), judge.accepted
     for prompt, output, answer in zip(questions, outputs, cluster.complete_all(questions, outputs), strict=True):
         judge.check(prompt, output, answer)
-    assert judge.accepted <= 1
+    assert judge.accepted - accepted <= 1
 
 
-@pytest.mark.parametrize("workload", ["text", "shared-prefix", "mixed", "images", "skewed"])
+def test_pictures_and_text_equal_the_reference(cluster: Cluster, judge: Judge, folders: dict[str, Path]) -> None:
+    accepted = judge.accepted
+    check_alone_and_in_a_crowd(cluster, folders["scout"], judge)
+    assert judge.accepted - accepted <= 2
+
+
+@pytest.mark.parametrize(
+    "workload",
+    ["shared-prefix", "images", *(pytest.param(one, marks=pytest.mark.soak) for one in ("text", "mixed", "skewed"))],
+)
 def test_a_load_is_answered_and_measured(cluster: Cluster, workload: str) -> None:
     flags = ["--workload", workload, "--requests", "6", "--concurrency", "3", "--output", "16", "--prefix", "70"]
     command = [sys.executable, "-m", "cluster", "bench", "serve", "--url", cluster.url, "--json", "-", *flags]
@@ -168,23 +179,3 @@ def healthy(cluster: Cluster, victim: int) -> bool:
     pids = [process["pid"] for kind in ("hosts", "routers") for process in status.get(kind, [])]
     ready = all(host["state"] == "ready" for host in status.get("hosts", []))
     return len(pids) == 4 and victim not in pids and ready and status["controller"]["pid"] != victim
-
-
-def test_nothing_is_left_behind(folders: dict[str, Path], tmp_path: Path) -> None:
-    with serving(folders["scout"], tmp_path, "--hosts", "2", "--kv-memory", "64MiB") as cluster:
-        status = cluster.status()
-        pids = [
-            status["controller"]["pid"],
-            *(p["pid"] for kind in ("hosts", "routers", "ingress") for p in status[kind]),
-        ]
-        assert len(set(pids)) == 6
-    until("every process has ended", lambda: not any(is_alive(pid) for pid in pids))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

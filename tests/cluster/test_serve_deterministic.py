@@ -22,8 +22,8 @@ LENGTHS = (1, 40, 64, 65, 100, 130)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("models") / "tiny-scout"
-    make_tiny("scout", made)
+    made = tmp_path_factory.mktemp("models") / "tiny-maverick"
+    make_tiny("maverick", made)
     return made
 
 
@@ -42,7 +42,7 @@ def expected(folder: Path, asks: list[Ask]) -> list[Answer]:
 
 @pytest.fixture(scope="module")
 def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    flags = ["--hosts", "2", "--routers", "2", "--deterministic", "--dtype", "bfloat16", "--kv-memory", "64MiB"]
+    flags = ["--hosts", "4", "--routers", "2", "--deterministic", "--dtype", "bfloat16", "--kv-memory", "64MiB"]
     with serving(folder, tmp_path_factory.mktemp("state"), *flags) as cluster:
         yield cluster
 

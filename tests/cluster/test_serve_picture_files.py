@@ -1,4 +1,4 @@
-"""Picture files of all formats in long conversations, Guard's prompts and hostile files, through the front door.
+"""Picture files of all formats in long conversations, Guard's prompts and hostile files, through a front door.
 
 The expected prompts come from transformers' own template, expansion and tokenizer.
 """
@@ -19,7 +19,8 @@ import httpx
 import pytest
 import torch
 from PIL import Image
-from serving import ANSWER_S, Cluster, Judge, serving
+from serving import ANSWER_S, FrontDoor, Judge
+from serving_here import serving_here
 from transformers import AutoTokenizer
 from transformers.models.llama4.processing_llama4 import Llama4Processor
 
@@ -28,8 +29,6 @@ from router.prompt.images.decode import decode_image
 from router.prompt.images.limits import ImageLimits
 from router.prompt.images.settings import ImageSettings
 from router.prompt.images.tiles import ImageTiles, cut
-
-pytestmark = pytest.mark.cluster
 
 SETTINGS = ImageSettings(tile_size=56, tokens_per_tile=4)
 OUTPUT = 12
@@ -98,18 +97,18 @@ def question(seed: int, *, num_images: int, num_messages: int = 3) -> Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A running cluster, and who judges it."""
+    """A cluster, and who judges it."""
 
-    cluster: Cluster
+    front_door: FrontDoor
     tokenizer: Any
     judge: Judge
 
     def post(self, messages: Sequence[dict[str, Any]], **fields: Any) -> httpx.Response:
         body = {
-            "model": self.cluster.model, "messages": messages, "max_tokens": OUTPUT, "temperature": 0,
+            "model": self.front_door.model, "messages": messages, "max_tokens": OUTPUT, "temperature": 0,
             "ignore_eos": True, **fields,
         }  # fmt: skip
-        return httpx.post(f"{self.cluster.url}/v1/chat/completions", json=body, timeout=ANSWER_S)
+        return httpx.post(f"{self.front_door.url}/v1/chat/completions", json=body, timeout=ANSWER_S)
 
     def check(self, asked: Question, response: httpx.Response, **kwargs: Any) -> None:
         assert response.status_code == 200, response.text
@@ -118,16 +117,16 @@ class Served:
         self.judge.check(prompt, OUTPUT, body["choices"][0]["message"]["content"], asked.pixels)
 
 
-def _served(kind: str, folder: Path, *flags: str) -> Iterator[Served]:
+def _served(kind: str, folder: Path, **wanted: int) -> Iterator[Served]:
     model_dir = folder / f"tiny-{kind}"
     make_tiny(kind, model_dir)
-    with serving(model_dir, folder, "--kv-memory", "128MiB", *flags) as cluster:
-        yield Served(cluster=cluster, tokenizer=AutoTokenizer.from_pretrained(model_dir), judge=Judge(model_dir))
+    with serving_here(model_dir, folder / "state", kv_memory=128 << 20, **wanted) as front_door:
+        yield Served(front_door=front_door, tokenizer=AutoTokenizer.from_pretrained(model_dir), judge=Judge(model_dir))
 
 
 @pytest.fixture(scope="module")
 def scout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from _served("scout", tmp_path_factory.mktemp("scout"), "--routers", "2", "--max-batch-tokens", "64")
+    yield from _served("scout", tmp_path_factory.mktemp("scout"), hosts=2, routers=2, max_batch_tokens=64)
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +168,8 @@ def test_hostile_files_are_refused_and_harm_nobody(scout: Served) -> None:
 
 def test_completions_take_no_images(scout: Served) -> None:
     prompt = [{"type": "image_url", "image_url": {"url": url_of(drawn(random.Random(1), 3, 3, "PNG"))}}]
-    body = {"model": scout.cluster.model, "prompt": prompt}
-    response = httpx.post(f"{scout.cluster.url}/v1/completions", json=body, timeout=ANSWER_S)
+    body = {"model": scout.front_door.model, "prompt": prompt}
+    response = httpx.post(f"{scout.front_door.url}/v1/completions", json=body, timeout=ANSWER_S)
     assert response.status_code == 400 and response.json()["error"]["param"].startswith("prompt")
 
 

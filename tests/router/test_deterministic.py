@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import in_batches
 from compiled import same_bits
 from deterministic import (
     MAX_LEN,
@@ -65,22 +66,24 @@ def prompts(model: Model, lengths: Sequence[int], seed: int) -> list[tuple[int, 
     return [tuple(torch.randint(0, highest, (length,), generator=generator).tolist()) for length in lengths]
 
 
-@pytest.fixture(scope="module", params=["scout", "maverick", "guard"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("model") / request.param
-    make_tiny(request.param, made)
-    return made
+LONGER = pytest.mark.soak
+SCOUTS = [("scout", "float32"), pytest.param(("scout", "bfloat16"), marks=LONGER)]
+MAVERICKS = [("maverick", "bfloat16"), pytest.param(("maverick", "float32"), marks=LONGER)]
+GUARDS = [pytest.param(("guard", dtype), marks=LONGER) for dtype in ("float32", "bfloat16")]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def case(folder: Path, request: pytest.FixtureRequest) -> Case:
-    return Case(folder, request.param)
+@pytest.fixture(scope="module", params=[*SCOUTS, *MAVERICKS, *GUARDS], ids="-".join)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    kind, dtype = request.param
+    folder = tmp_path_factory.mktemp("model") / kind
+    make_tiny(kind, folder)
+    return Case(folder, dtype)
 
 
 @pytest.mark.parametrize("budget", [16, 64, 1024])
 def test_in_a_crowd(case: Case, budget: int) -> None:
     desk = Desk(case.decoder, budget=budget)
-    case.check(desk.answer([*case.asks, *case.others(12, budget)], later=case.others(8, budget + 1))[: len(case.asks)])
+    case.check(desk.answer([*case.asks, *case.others(8, budget)], later=case.others(4, budget + 1))[: len(case.asks)])
 
 
 def test_in_interleaved_halves(case: Case) -> None:
@@ -94,7 +97,7 @@ def test_after_preemption(case: Case) -> None:
     case.check(answers)
 
 
-@pytest.mark.parametrize("block_size", [8, 5])
+@pytest.mark.parametrize("block_size", [pytest.param(8, marks=LONGER), 5])
 def test_after_finding_prefixes(case: Case, block_size: int) -> None:
     """Prompts' beginnings are there already, from requests that went on otherwise, up to within and onto borders."""
     desk = Desk(case.decoder, prefix_cache=True, block_size=block_size)
@@ -107,16 +110,15 @@ def test_after_finding_prefixes(case: Case, block_size: int) -> None:
     assert desk.scheduler.cache.numbers().hit_tokens > 300
 
 
-@pytest.mark.parametrize("transport", ["local", "grpc"])
-@pytest.mark.parametrize("num_hosts", [1, 2, 4])
-@pytest.mark.parametrize("folder", ["scout", "maverick"], indirect=True)
+@pytest.mark.parametrize(("num_hosts", "transport"), [(1, "local"), (4, "local"), (2, "grpc"), (4, "grpc")])
+@pytest.mark.parametrize("case", [*SCOUTS, *MAVERICKS], indirect=True, ids="-".join)
 def test_with_experts_on_hosts(case: Case, num_hosts: int, transport: str) -> None:
     with experts_on_hosts(case.model, case.settings, num_hosts, transport) as experts:
         decoder = deterministic_decoder(case.model, case.settings, experts)
         case.check(Desk(decoder, budget=64).answer([*case.asks, *case.others(4, 7)])[: len(case.asks)])
 
 
-@pytest.mark.parametrize("folder", ["scout"], indirect=True)
+@pytest.mark.parametrize("case", SCOUTS, indirect=True, ids="-".join)
 def test_with_hosts_in_processes_of_their_own(case: Case) -> None:
     elsewhere = ServeSettings(model_dir=case.settings.model_dir, dtype=str(case.model.dtype).removeprefix("torch."),
                               hosts=2, replicas=1, deterministic=True)  # fmt: skip
@@ -129,7 +131,7 @@ def test_with_hosts_in_processes_of_their_own(case: Case) -> None:
         transport.close()
 
 
-@pytest.mark.parametrize("folder", ["scout"], indirect=True)
+@pytest.mark.parametrize("case", SCOUTS, indirect=True, ids="-".join)
 def test_images(case: Case) -> None:
     """Features are those of an image alone, and answers about images those of a request alone."""
     rules = image_rules(case.model.config)
@@ -155,9 +157,10 @@ def test_images(case: Case) -> None:
             assert_same(found, answer)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@in_batches(5)
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(fields=text_fields(), seed=st.integers(0, 1 << 20), data=st.data())
-def test_models_of_any_widths(fields: dict[str, Any], seed: int, data: st.DataObject) -> None:
+def test_models_of_any_widths(batch: int, fields: dict[str, Any], seed: int, data: st.DataObject) -> None:
     """Odd sizes too: what tiles are filled with must not show."""
     fields["hidden_size"] = data.draw(st.sampled_from([7, 20, 32, 45]), label="hidden_size")
     fields["intermediate_size"] = data.draw(st.sampled_from([5, 16, 22]), label="intermediate_size")

@@ -127,7 +127,7 @@ def test_a_rotated_picture_has_as_many_tiles(width: int, height: int) -> None:
     fill=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_pixels_are_those_of_the_book(
     width: int, height: int, tile: int, max_patches: int, fill: bool, seed: int
 ) -> None:

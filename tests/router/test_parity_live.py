@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import in_batches
 from drawing import FIRST_SPECIAL, SMALLEST_VISION, VOCAB, Writing, text_fields, writings
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -29,9 +30,10 @@ from transformers import Llama4ForCausalLM
 ATOL = 1e-4
 
 
-@settings(max_examples=240, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@in_batches(5)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(fields=text_fields(), seed=st.integers(0, 1 << 20), data=st.data())
-def test_random_configs(fields: dict[str, Any], seed: int, data: st.DataObject) -> None:
+def test_random_configs(batch: int, fields: dict[str, Any], seed: int, data: st.DataObject) -> None:
     """Every sort of configuration and of folder, in pieces of random lengths, several sequences packed together."""
     writing = data.draw(writings(fields), label="writing")
     lengths = data.draw(st.lists(st.integers(1, 26), min_size=1, max_size=3), label="lengths")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import in_batches
 from drawing import FIRST_SPECIAL, PATCH, VOCAB, text_fields, vision_fields
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,8 @@ from router.engine.images import ImageInput, ImageRules, place_images
 ATOL = 1e-4
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@in_batches(5)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(
     text=text_fields(),
     vision=vision_fields(),
@@ -32,6 +34,7 @@ ATOL = 1e-4
     data=st.data(),
 )
 def test_random_multimodal_configs(
+    batch: int,
     text: dict[str, Any],
     vision: dict[str, Any],
     old_spelling: bool,

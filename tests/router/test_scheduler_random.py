@@ -109,7 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerRandom = SchedulerMachine.TestCase
-TestSchedulerRandom.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+TestSchedulerRandom.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 
 
 def draw_world(random: Random) -> World:

@@ -21,8 +21,10 @@ import httpx
 import torch
 from transformers import AutoConfig, AutoTokenizer, Llama4ForConditionalGeneration
 
+from cluster.processes import is_alive
+
 NEAR_TIE = 1e-4
-START_S, STOP_S, ANSWER_S = 180.0, 90.0, 180.0
+START_S, STOP_S, ANSWER_S = 300.0, 90.0, 180.0
 
 
 def free_port() -> int:
@@ -46,21 +48,11 @@ def until(what: str, look: Callable[[], Any], timeout_s: float = 60.0) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """A running `herd serve`."""
+class FrontDoor:
+    """Where a model is asked."""
 
-    process: subprocess.Popen[bytes]
     url: str
     model: str
-    state_dir: Path
-
-    def status(self) -> dict[str, Any]:
-        """What `herd status --json` says; an empty object while the controller does not answer."""
-        command = [sys.executable, "-m", "cluster", "status", "--json"]
-        done = subprocess.run(
-            command, capture_output=True, timeout=60, check=False, env={**os.environ, **state_env(self.state_dir)}
-        )
-        return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
     def complete(self, prompt: Sequence[int], max_tokens: int) -> str:
         """A greedy completion of token ids, streamed; end tokens are ignored so that its length is known."""
@@ -87,13 +79,37 @@ class Cluster:
             return list(threads.map(self.complete, prompts, max_tokens))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cluster(FrontDoor):
+    """A running `herd serve`."""
+
+    process: subprocess.Popen[bytes]
+    state_dir: Path
+
+    def status(self) -> dict[str, Any]:
+        """What `herd status --json` says; an empty object while the controller does not answer."""
+        command = [sys.executable, "-m", "cluster", "status", "--json"]
+        done = subprocess.run(
+            command, capture_output=True, timeout=60, check=False, env={**os.environ, **state_env(self.state_dir)}
+        )
+        return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
+
+    def pids(self) -> set[int]:
+        """Of all processes that the controller knows, itself among them."""
+        status = until("the controller answers", self.status)
+        members = [process["pid"] for kind in ("hosts", "routers", "ingress") for process in status[kind]]
+        return {status["controller"]["pid"], *members}
+
+
 def state_env(state_dir: Path) -> dict[str, str]:
     return {"XDG_RUNTIME_DIR": str(state_dir)}
 
 
 @contextlib.contextmanager
 def serving(model_dir: Path, state_dir: Path, *flags: str) -> Iterator[Cluster]:
-    """`herd serve MODEL_DIR FLAGS`, ready; afterwards asked to end with SIGTERM, and seen to end well."""
+    """`herd serve MODEL_DIR FLAGS`, ready; afterwards asked to end with SIGTERM, and seen to end well and to leave
+    nothing behind. `state_dir` is its own."""
+    state_dir.mkdir(exist_ok=True)
     port = free_port()
     command = [sys.executable, "-m", "cluster", "serve", str(model_dir), "--port", str(port), *flags]
     process = subprocess.Popen(command, start_new_session=True, env={**os.environ, **state_env(state_dir)})
@@ -101,6 +117,7 @@ def serving(model_dir: Path, state_dir: Path, *flags: str) -> Iterator[Cluster]:
     try:
         until("herd serve is ready", lambda: is_ready(cluster), START_S)
         yield cluster
+        pids = cluster.pids()
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -109,6 +126,8 @@ def serving(model_dir: Path, state_dir: Path, *flags: str) -> Iterator[Cluster]:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     assert code == 0, f"herd serve ended with code {code}"
+    until("every process has ended", lambda: not any(is_alive(pid) for pid in pids))
+    assert not [path for path in state_dir.rglob("*") if path.is_file()], "files are left behind"
 
 
 def is_ready(cluster: Cluster) -> bool:
@@ -130,6 +149,7 @@ class Judge:
             model_dir, config=config, attn_implementation="eager"
         ).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self._known: dict[tuple[int, ...], list[int]] = {}
         self.accepted = 0
 
     def check(self, prompt: Sequence[int], max_tokens: int, answer: str, pixels: torch.Tensor | None = None) -> None:
@@ -142,8 +162,17 @@ class Judge:
         assert gap < NEAR_TIE, f"answer differs and no choice was nearly tied ({gap}):\n{answer!r}\n{text!r}"
         self.accepted += 1
 
-    @torch.no_grad()
     def greedy(self, prompt: Sequence[int], max_tokens: int, pixels: torch.Tensor | None) -> list[int]:
+        """Answers to words alone are remembered."""
+        if pixels is not None:
+            return self._generate(prompt, max_tokens, pixels)
+        known = self._known.get(tuple(prompt), [])
+        if len(known) < max_tokens:
+            known = self._known[tuple(prompt)] = self._generate(prompt, max_tokens)
+        return known[:max_tokens]
+
+    @torch.no_grad()
+    def _generate(self, prompt: Sequence[int], max_tokens: int, pixels: torch.Tensor | None = None) -> list[int]:
         output = self._model.generate(
             torch.tensor([list(prompt)]),
             max_new_tokens=max_tokens,

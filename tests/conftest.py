@@ -1,4 +1,4 @@
-"""What all tests of the router share."""
+"""What all tests share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """Handing the tensors of tiny models to a second thread costs more than computing them."""
     before = torch.get_num_threads()
