@@ -19,7 +19,7 @@ demo: $(READY)
 test: check
 	$(BIN)/pytest -q -m "not soak"
 
-# What takes longer than ten minutes.
+# What takes longer than ten minutes. DRILL_TIMES=20 in the environment repeats every drill so often.
 soak: check
 	$(BIN)/pytest -q
 
