@@ -295,7 +295,9 @@ def test_more_at_a_time_than_are_served_by_default(folders: dict[str, Path], sma
     assert result.batch == 5 and result.split["experts"] == 0
 
 
-def test_nothing_to_measure_is_said(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_measure_is_said(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], small_machine: None
+) -> None:
     settings = ServeSettings(model_dir=folders["guard"], transport="local", kv_memory=8 << 20, max_batch_tokens=16)
     with pytest.raises(InvalidInput, match="output: must be at least 2"):
         bench_engine(settings, [1], [3], 1)
