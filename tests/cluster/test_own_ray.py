@@ -45,8 +45,12 @@ def test_a_ray_that_cannot_be_joined_is_named() -> None:
         JoinedRay(settings).start()
 
 
-def test_a_ray_lives_while_its_node_does_and_heals_while_its_head_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_lives_while_its_node_does_and_heals_while_its_head_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     living = {11: "/ray/gcs_server", 12: "/ray/raylet", 13: "python"}
+    # Whoever else runs a Ray on this machine is not among the living here, and shall keep its folder.
+    monkeypatch.setattr(own_ray, "PARENT", tmp_path)
     monkeypatch.setattr(own_ray, "descendants", lambda _pid: list(living))
     monkeypatch.setattr(own_ray, "command", lambda pid: living[pid])
     monkeypatch.setattr(own_ray, "is_alive", lambda pid: pid in living)
