@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -20,6 +21,7 @@ from experts.errors import HerdError, InvalidInput
 
 PARENT = Path("/tmp")
 PREFIX = "herd-ray-"
+LOCK = "lock"
 HEAD, NODE = "gcs_server", "raylet"
 """Ray's programs: the head starts and replaces actors, the node's keeps them alive."""
 HEADLESS_S = 7 * 24 * 3600
@@ -38,6 +40,9 @@ class OwnRay:
         _remove_leftovers()
         # Short, because the paths of Unix sockets below it may have 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=PARENT))
+        # Held as long as this process lives: whoever tidies up may know other processes by other numbers.
+        self._lock = (self.folder / LOCK).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._head: list[int] = []
         self._node: list[int] = []
 
@@ -130,8 +135,22 @@ def _remove_leftovers() -> None:
     """Folders of processes that were killed, and could not tidy up."""
     for folder in PARENT.glob(f"{PREFIX}*-*"):
         owner = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if owner.isdigit() and not is_alive(int(owner)) and folder.stat().st_uid == os.getuid():
+        if owner.isdigit() and not is_alive(int(owner)) and _is_left(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether `folder` is ours and nobody holds it."""
+    try:
+        if folder.stat().st_uid != os.getuid():
+            return False
+        with (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:

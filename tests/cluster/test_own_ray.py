@@ -70,4 +70,12 @@ def test_a_ray_lives_while_its_node_does_and_heals_while_its_head_does(
     assert mine.is_alive() and not mine.has_head()
     del living[12]
     assert not mine.is_alive() and not mine.has_head()
-    mine.folder.rmdir()
+
+
+@pytest.mark.usefixtures("slow_ray")
+def test_only_folders_that_nobody_holds_are_tidied_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_ray, "is_alive", lambda _pid: False)
+    held, left = OwnRay(), own_ray.PARENT / "herd-ray-12-abc"
+    left.mkdir()
+    OwnRay()
+    assert held.folder.exists() and not left.exists()
