@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from cluster.control.fleet import HostSpec
 
@@ -44,19 +45,28 @@ class LayerBalance:
         self.touch_s = [host.touch_s for host in hosts]
         self._touches: dict[tuple[int, int], float] = {}
         self._counts_touches = any(self.touch_s)
-        self.best = [0.0] * len(hosts)
+        self.shares: list[dict[int, float]] = [dict.fromkeys(where, 1.0 / max(1, len(where))) for where in homes]
         self.even = [0.0] * len(hosts)
-        self.experts_on: list[set[int]] = [set() for _ in hosts]
-        self.shares: list[dict[int, float]] = []
         for expert, where in enumerate(homes):
-            self.shares.append({host: 1.0 / len(where) for host in where})
             for host in where:
-                self.experts_on[host].add(expert)
-        self._measure()
+                self.even[host] += self.weight(expert, host, len(where)) / len(where)
+        self.best = list(self.even)
         self.settle(8)
-        total = sum(self.weight(expert, 0, 1) for expert in range(len(rows)))
+        total = sum(rows) * self.row_s[0]
         self._unit = len(hosts) / total if total > 0.0 else 1.0
-        self._power = self._potential(range(len(hosts)))
+
+    @cached_property
+    def experts_on(self) -> list[set[int]]:
+        """Of each host. Most layers are only looked at, so this and `_power` are made when they are wanted."""
+        on: list[set[int]] = [set() for _ in self.best]
+        for expert, share in enumerate(self.shares):
+            for host in share:
+                on[host].add(expert)
+        return on
+
+    @cached_property
+    def _power(self) -> float:
+        return self._potential(range(len(self.best)))
 
     @property
     def finish_s(self) -> float:
@@ -143,34 +153,28 @@ class LayerBalance:
 
     def settle(self, rounds: int, experts: Iterable[int] | None = None) -> None:
         """Split the rows of replicated experts so that their hosts finish together, in turns until nothing moves."""
-        replicated = sorted(expert for expert in experts or range(len(self.rows)) if len(self.shares[expert]) > 1)
-        enough = 1e-3 * self.mean_s
+        best = self.best
+        replicated = sorted([expert for expert in experts or range(len(self.rows)) if len(self.shares[expert]) > 1])
+        enough = 2e-3 * self.mean_s
         for _ in range(rounds):
-            moved = 0.0
+            moved = False
             for expert in replicated:
-                moved = max(moved, self._share_anew(expert))
-            if moved <= enough:
+                share = self.shares[expert]
+                last = max([best[host] for host, part in share.items() if part > 0.0])
+                if last - min([best[host] for host in share]) > enough:
+                    self._share_anew(expert, share)
+                    moved = True
+            if not moved:
                 break
 
-    def _share_anew(self, expert: int) -> float:
-        """Returns how many seconds that moved at most."""
-        best, old = self.best, self.shares[expert]
-        count, homes = len(old), tuple(old)
-        weights = {host: self.weight(expert, host, count) for host in homes}
-        for host in homes:
-            best[host] -= old[host] * weights[host]
-        new = self.shares[expert] = self._level(expert, homes)
-        moved = 0.0
-        for host in homes:
-            best[host] += new[host] * weights[host]
-            moved = max(moved, weights[host] * abs(new[host] - old[host]))
-        return moved
-
-    def _measure(self) -> None:
-        self.best = [0.0] * len(self.best)
-        self.even = [0.0] * len(self.best)
-        for expert, share in enumerate(self.shares):
-            self._add(expert, share, 1.0)
+    def _share_anew(self, expert: int, old: dict[int, float]) -> None:
+        best, count = self.best, len(old)
+        weights = {host: self.weight(expert, host, count) for host in old}
+        for host, part in old.items():
+            best[host] -= part * weights[host]
+        new = self.shares[expert] = _level(best, weights)
+        for host, part in new.items():
+            best[host] += part * weights[host]
 
     def _add(self, expert: int, share: dict[int, float], sign: float) -> None:
         best, even, count = self.best, self.even, len(share)
@@ -197,19 +201,10 @@ class LayerBalance:
 
     def _level(self, expert: int, homes: Sequence[int]) -> dict[int, float]:
         """Shares of `expert` over `homes` with which they finish together, beside what else they do."""
-        count, best = len(homes), self.best
+        count = len(homes)
         if count == 1:
             return {homes[0]: 1.0}
-        weight = {host: max(self.weight(expert, host, count), 1e-300) for host in homes}
-        level, speed, amount = 0.0, 0.0, 1.0
-        order = sorted(homes, key=best.__getitem__)
-        for place, host in enumerate(order):
-            speed += 1.0 / weight[host]
-            amount += best[host] / weight[host]
-            level = amount / speed
-            if place + 1 == count or level <= best[order[place + 1]]:
-                break
-        return {host: max(0.0, level - best[host]) / weight[host] for host in homes}
+        return _level(self.best, {host: self.weight(expert, host, count) for host in homes})
 
     def _potential(self, hosts: Iterable[int]) -> float:
         best, even = self.best, self.even
@@ -225,6 +220,22 @@ class LayerBalance:
             even *= even
             total += best * best * best + EVEN * even * even * even
         return total
+
+
+def _level(busy: Sequence[float], weights: dict[int, float]) -> dict[int, float]:
+    """Pour one unit over hosts that are `busy` already and need `weights[host]` for all of it, up to one level."""
+    if min(weights.values()) < 1e-200:
+        return dict.fromkeys(weights, 1.0 / len(weights))
+    level, speed, amount = 0.0, 0.0, 1.0
+    order = sorted(weights, key=busy.__getitem__)
+    for host in order:
+        if speed > 0.0 and level <= busy[host]:
+            break
+        pace = 1.0 / weights[host]
+        speed += pace
+        amount += busy[host] * pace
+        level = amount / speed
+    return {host: (level - busy[host]) / weight if level > busy[host] else 0.0 for host, weight in weights.items()}
 
 
 def _root(power: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from cluster.control.balance import Change, LayerBalance, Trial
 from cluster.control.fleet import Fleet, HostSpec
@@ -32,6 +33,7 @@ class Draft:
     min_replicas: int
     kept: set[tuple[int, int, int]] = field(default_factory=set)
     shunned: set[tuple[int, int, int]] = field(default_factory=set)
+    is_touched: bool = False
 
     @staticmethod
     def of(
@@ -79,13 +81,15 @@ class Draft:
             if name in number and expert in places.get(layer, ())
         }
 
-    def replicas(self) -> dict[ExpertKey, tuple[str, ...]]:
+    def replicas(self) -> Replicas:
         """The placement, by name. Hosts of an expert keep their order."""
-        return {
-            (layer, expert): tuple(self.hosts[host].name for host in self.layers[layer].homes(place))
-            for layer, experts in self.experts.items()
-            for place, expert in enumerate(experts)
-        }
+        return MappingProxyType(
+            {
+                (layer, expert): tuple(self.hosts[host].name for host in self.layers[layer].homes(place))
+                for layer, experts in self.experts.items()
+                for place, expert in enumerate(experts)
+            }
+        )
 
     def may_leave(self, layer: int, expert: int, host: int) -> bool:
         """Whether this replica may be taken away as long as another takes its place."""
@@ -107,6 +111,7 @@ class Draft:
     def apply(self, layer: int, trial: Trial) -> None:
         """Make a change, and account for the slots."""
         balance = self.layers[layer]
+        self.is_touched = True
         for expert, homes in trial.changes:
             self._account(balance.homes(expert), homes)
         balance.apply(trial)

@@ -179,7 +179,7 @@ def _finish(
     load: Load | None,
     now: float,
 ) -> tuple[Plan, PlanState]:
-    target = draft.replicas()
+    target: Replicas = draft.replicas() if draft.is_touched else placement
     loads, evictions = difference(placement, target)
     wanted, scale = _size(load, doubt, fleet, target, policy, state, now)
     if loads or evictions:
@@ -189,7 +189,7 @@ def _finish(
     moved = len(loads) * fleet.expert_bytes
     # Hosts of an expert that only changed their order are no change.
     made = Plan(
-        target=MappingProxyType(target) if loads or evictions else placement,
+        target=target if loads or evictions else placement,
         loads=loads,
         evictions=evictions,
         layers=_all_notes(draft, notes, is_new=not any(placement.values())) if loads or evictions else notes,
@@ -237,7 +237,7 @@ def difference(before: Replicas, after: Replicas) -> tuple[tuple[Replica, ...], 
     """(to be loaded, to be evicted)."""
     loads: list[Replica] = []
     evictions: list[Replica] = []
-    for key in before.keys() | after.keys():
+    for key in (before.keys() | after.keys()) if before is not after else ():
         old, new = before.get(key, ()), after.get(key, ())
         if old != new:
             loads += [(key, name) for name in new if name not in old]

@@ -47,7 +47,7 @@ def place_all(draft: Draft, dispatches: float, max_trials: int) -> tuple[str, ..
     packed = fresh(draft, layers, draft.free, dispatches)
     improve(packed, layers, Prices(), max_trials)
     trim(packed, layers)
-    draft.layers, draft.free = packed.layers, packed.free
+    draft.layers, draft.free, draft.is_touched = packed.layers, packed.free, True
     return repair(draft)
 
 
@@ -125,7 +125,7 @@ def _pack_anew(
     if gain <= 0.0 or not all(_is_allowed(draft, packed, layer) for layer in layers):
         return False
     draft.layers.update(packed.layers)
-    draft.free = packed.free
+    draft.free, draft.is_touched = packed.free, True
     return True
 
 

@@ -9,12 +9,13 @@ def repair(draft: Draft) -> tuple[str, ...]:
     """Mend `draft` with as few changes as may be; returns what could not be mended, in words."""
     _make_room(draft)
     problems = []
+    targets = set(draft.targets)
     for layer, balance in draft.layers.items():
         for expert in range(len(balance.rows)):
-            homes = balance.homes(expert)
-            good = [host for host in homes if host in draft.targets]
-            if len(good) == len(homes) >= draft.min_replicas:
+            homes = balance.shares[expert]
+            if len(homes) >= draft.min_replicas and targets.issuperset(homes):
                 continue
+            good = [host for host in homes if host in targets]
             while len(good) < draft.min_replicas:
                 host = _heir(draft, layer, good)
                 if host is None:
