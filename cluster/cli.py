@@ -70,6 +70,7 @@ def _parser(version: str) -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="serve a tiny checkpoint, ask it, kill a host, ask again"))
     _add_simulate(commands.add_parser("simulate", help="look for bugs in a simulated cluster"))
     _add_bench(commands.add_parser("bench", help="measure a server, the engine alone, or the links"))
+    _add_simulate(commands.add_parser("simulate", help="try things out without a cluster"))
     return parser
 
 
@@ -210,6 +211,13 @@ def _add_drill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="write the verdicts there as JSON, too; -: only that, to standard output"
     )
+
+
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(title="what", metavar="WHAT", required=True)
+    from cluster.simulate_placement.options import add_placement
+
+    add_placement(kinds.add_parser("placement", help="what the planner does with a load, over time"))
 
 
 def _add_bench_serve(parser: argparse.ArgumentParser) -> None:

@@ -51,7 +51,7 @@ class LayerBalance:
             for host in where:
                 self.even[host] += self.weight(expert, host, len(where)) / len(where)
         self.best = list(self.even)
-        self.settle(8)
+        self._settle(8, range(len(rows)))
         total = sum(rows) * self.row_s[0]
         self._unit = len(hosts) / total if total > 0.0 else 1.0
 
@@ -145,16 +145,20 @@ class LayerBalance:
             for host in homes:
                 self.experts_on[host].add(expert)
             self.shares[expert] = share
-        self.settle(2, near)
+        self._settle(2, near)
         power += self._potential(involved)
         # A sum that has become small beside what it began with has lost its digits.
         lost = power < 0.1 * self._power
         self._power = self._potential(range(len(self.best))) if lost else power
 
-    def settle(self, rounds: int, experts: Iterable[int] | None = None) -> None:
+    def settle(self, rounds: int) -> None:
         """Split the rows of replicated experts so that their hosts finish together, in turns until nothing moves."""
+        self._settle(rounds, range(len(self.rows)))
+        self.__dict__.pop("_power", None)
+
+    def _settle(self, rounds: int, experts: Iterable[int]) -> None:
         best = self.best
-        replicated = sorted([expert for expert in experts or range(len(self.rows)) if len(self.shares[expert]) > 1])
+        replicated = sorted([expert for expert in experts if len(self.shares[expert]) > 1])
         enough = 2e-3 * self.mean_s
         for _ in range(rounds):
             moved = False

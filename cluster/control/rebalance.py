@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.control.balance import LayerBalance
@@ -12,6 +12,8 @@ from cluster.control.fleet import Load
 from cluster.control.fresh import fresh
 from cluster.control.improve import Prices, improve, trim
 from cluster.control.repair import repair
+
+FINAL_ROUNDS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ def place_all(draft: Draft, dispatches: float, max_trials: int) -> tuple[str, ..
     packed = fresh(draft, layers, draft.free, dispatches)
     improve(packed, layers, Prices(), max_trials)
     trim(packed, layers)
+    _settle(packed, layers)
     draft.layers, draft.free, draft.is_touched = packed.layers, packed.free, True
     return repair(draft)
 
@@ -80,7 +83,14 @@ def rebalance(
     if uneven and _pack_anew(draft, uneven, homes, dispatches, prices):
         improve(draft, list(uneven), prices, max_trials - trials)
     trim(draft, list(layers))
+    _settle(draft, layers)
     return tuple(_judge(draft, layer, layers[layer], homes[layer], *before[layer]) for layer in layers)
+
+
+def _settle(draft: Draft, layers: Iterable[int]) -> None:
+    """The search is content with splits that are about right; what is promised should be what routers reach."""
+    for layer in layers:
+        draft.layers[layer].settle(FINAL_ROUNDS)
 
 
 def _is_uneven(balance: LayerBalance, needed: float) -> bool:

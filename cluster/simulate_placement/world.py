@@ -35,6 +35,7 @@ class Sight:
     no host had; `waiting` the share of hosts' time that went by until the slowest of a layer was done."""
 
     at: float
+    load: Load
     imbalance: dict[int, float]
     unserved: float
     waiting: float
@@ -128,11 +129,13 @@ class World:
 
     def _sight(self, rows: Rows, effects: list[MoveEffect], plan: Plan | None) -> Sight:
         published = self.state.moving.published
-        worst = imbalances(Load(at=self.now, rows=rows), self.fleet, published)
+        load = Load(at=self.now, rows=rows)
+        worst = imbalances(load, self.fleet, published)
         lost = sum(rate for key, rate in rows.items() if not published[key])
         loads = sum(isinstance(effect, LoadReplica) for effect in effects)
         return Sight(
             at=self.now,
+            load=load,
             imbalance=worst,
             unserved=lost / max(sum(rows.values()), 1e-300),
             waiting=1.0 - len(worst) / max(sum(worst.values()), 1e-300),
