@@ -239,7 +239,9 @@ def _level(busy: Sequence[float], weights: dict[int, float]) -> dict[int, float]
         speed += pace
         amount += busy[host] * pace
         level = amount / speed
-    return {host: (level - busy[host]) / weight if level > busy[host] else 0.0 for host, weight in weights.items()}
+    shares = {host: (level - busy[host]) / weight if level > busy[host] else 0.0 for host, weight in weights.items()}
+    # Beside a billion times as much work a share is lost in rounding.
+    return shares if sum(shares.values()) > 0.5 else dict.fromkeys(weights, 1.0 / len(weights))
 
 
 def _root(power: float) -> float:

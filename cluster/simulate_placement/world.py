@@ -125,7 +125,7 @@ class World:
             elif isinstance(effect, EvictReplica):
                 key, name = effect.replica
                 self.loading.pop(effect.replica, None)
-                self.held[name].discard(key)
+                self.held.get(name, set()).discard(key)
 
     def _sight(self, rows: Rows, effects: list[MoveEffect], plan: Plan | None) -> Sight:
         published = self.state.moving.published
