@@ -189,6 +189,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     context.set_defaults(run=_bench_context)
     context.add_argument("--tokens", metavar="T", default=1_000_000, type=int, help="length of the prompt (1000000)")
     context.add_argument("--json", metavar="FILE", help="as above")
+    plan = kinds.add_parser("plan", help="how long the planner takes, and the control loop in simulation")
+    plan.set_defaults(run=_bench_plan)
+    plan.add_argument("--json", metavar="FILE", help="as above")
     dispatch = kinds.add_parser("dispatch", help="round trip of a block of rows, beside a bare gRPC echo")
     dispatch.set_defaults(run=_bench_dispatch)
     dispatch.add_argument("--hidden", metavar="H,…", default="1024,5120", help="widths of a row (1024,5120)")
@@ -391,6 +394,18 @@ def _bench_context(options: argparse.Namespace) -> int:
     if not 64 <= options.tokens <= 10_000_000:
         raise InvalidInput("tokens", options.tokens, "must be between 64 and 10000000")
     print_results([bench_context(options.tokens)], options.json)
+    return 0
+
+
+def _bench_plan(options: argparse.Namespace) -> int:
+    from cluster.measure.planning import bench_loop_speed, bench_plans
+    from cluster.measure.report import print_results
+    from cluster.result_file import check_result_file
+
+    check_result_file(options.json)
+    print_results(bench_plans(), options.json)
+    if options.json is None:
+        print_results(bench_loop_speed())
     return 0
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -155,26 +156,30 @@ def relabel(
 
     Only hosts of one kind and one node change places, and only such that have equally many experts of the layer.
     """
-    new, old = _experts_on(homes, len(hosts)), _experts_on(current, len(hosts))
-    kind = [(spec.row_s, spec.touch_s, spec.link_s, spec.node, len(new[host])) for host, spec in enumerate(hosts)]
-    alike: dict[object, list[int]] = {}
-    for host, what in enumerate(kind):
-        alike.setdefault(what, []).append(host)
-    common = [
-        (-len(new[place] & old[host]), place, host) for group in alike.values() for place in group for host in group
-    ]
+    kind = _kinds(homes, hosts)
+    common: Counter[tuple[int, int]] = Counter()
+    for where, was in zip(homes, current, strict=True):
+        common.update((place, host) for place in where for host in was if kind[place] == kind[host])
     name: dict[int, int] = {}
     taken: set[int] = set()
-    for _, place, host in sorted(common):
+    for (place, host), _ in sorted(common.items(), key=lambda item: (-item[1], item[0])):
         if place not in name and host not in taken:
             name[place] = host
             taken.add(host)
-    return [tuple(name[host] for host in where) for where in homes]
+    left: dict[object, list[int]] = {}
+    for host, what in enumerate(kind):
+        if host not in taken:
+            left.setdefault(what, []).append(host)
+    return [
+        tuple(name[host] if host in name else _name(name, host, left[kind[host]]) for host in where) for where in homes
+    ]
 
 
-def _experts_on(homes: Sequence[Sequence[int]], num_hosts: int) -> list[set[int]]:
-    on: list[set[int]] = [set() for _ in range(num_hosts)]
-    for expert, where in enumerate(homes):
-        for host in where:
-            on[host].add(expert)
-    return on
+def _name(name: dict[int, int], place: int, left: list[int]) -> int:
+    name[place] = left.pop()
+    return name[place]
+
+
+def _kinds(homes: Sequence[Sequence[int]], hosts: Sequence[HostSpec]) -> list[object]:
+    held = Counter(host for where in homes for host in where)
+    return [(spec.row_s, spec.touch_s, spec.link_s, spec.node, held[host]) for host, spec in enumerate(hosts)]
