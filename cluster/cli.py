@@ -68,9 +68,8 @@ def _parser(version: str) -> argparse.ArgumentParser:
     _add_drill(commands.add_parser("drill", help="break a running cluster on purpose, and judge what its users saw"))
     _add_make_tiny(commands.add_parser("make-tiny", help="write a tiny checkpoint with random weights"))
     _add_demo(commands.add_parser("demo", help="serve a tiny checkpoint, ask it, kill a host, ask again"))
-    _add_simulate(commands.add_parser("simulate", help="look for bugs in a simulated cluster"))
     _add_bench(commands.add_parser("bench", help="measure a server, the engine alone, or the links"))
-    _add_simulate(commands.add_parser("simulate", help="try things out without a cluster"))
+    _add_simulate(commands.add_parser("simulate", help="a cluster that is not there: its faults, or its placements"))
     return parser
 
 
@@ -156,6 +155,9 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     faults.set_defaults(run=_simulate_faults)
     faults.add_argument("--seeds", metavar="A-B", default="0-199", help="seeds to run, or a single one (0-199)")
     faults.add_argument("--verbose", action="store_true", help="print everything that happens")
+    from cluster.simulate_placement.options import add_placement
+
+    add_placement(kinds.add_parser("placement", help="what the planner does with a load, over time"))
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -214,13 +216,6 @@ def _add_drill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="write the verdicts there as JSON, too; -: only that, to standard output"
     )
-
-
-def _add_simulate(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(title="what", metavar="WHAT", required=True)
-    from cluster.simulate_placement.options import add_placement
-
-    add_placement(kinds.add_parser("placement", help="what the planner does with a load, over time"))
 
 
 def _add_bench_serve(parser: argparse.ArgumentParser) -> None:

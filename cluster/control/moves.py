@@ -93,6 +93,19 @@ def step(
     return _load(state, fleet, limits, now, effects), effects
 
 
+def to_hold(state: MoveState) -> Replicas:
+    """What hosts shall hold now, and load if they do not: what is published, comes, or must not be evicted yet."""
+    held = dict(state.published)
+    for key, name in (*state.loading, *state.draining):
+        held[key] = (*held[key], name)
+    return MappingProxyType(held)
+
+
+def seen(state: MoveState, held: Mapping[str, Set[ExpertKey]]) -> list[Loaded]:
+    """What hosts' reports of what they hold mean for the loads under way."""
+    return [Loaded(replica=(key, name)) for key, name in state.loading if key in held.get(name, ())]
+
+
 def _checked(replicas: Replicas, names_of: Replicas) -> Replicas:
     if replicas.keys() != names_of.keys():
         raise InvalidInput("target", sorted(replicas.keys() ^ names_of.keys())[:3], "must name every expert there is")

@@ -26,7 +26,8 @@ from cluster.control.move_state import (
     PublishReplicas,
     TimePassed,
 )
-from cluster.control.moves import moves, resume, step
+from cluster.control.moves import moves, resume, seen, step, to_hold
+from cluster.control.pack import target_by_host
 from cluster.control.state import Replicas
 from experts.errors import InvalidInput
 from experts.placement import ExpertKey
@@ -190,6 +191,27 @@ def test_back_is_a_goal_like_any_other() -> None:
     assert site.take(Goal(replicas=start)) == ["publish 2: 0@h0, 1@h1"]
     site.run()
     assert site.held == {"h0": {A}, "h1": {B}, "h2": set()}
+
+
+def test_orders_and_reports_are_enough_to_drive_it() -> None:
+    """As the controller does it: hosts are told all that they shall hold, and say what they do hold."""
+    start: Replicas = {A: ("h0",), B: ("h1",), C: ("h2",)}
+    goal: Replicas = {A: ("h1", "h2"), B: ("h0",), C: ("h2",)}
+    site = Site(moves(start, goal), slots=2)
+    for _ in range(60):
+        site.wait(1.0)
+        for event in seen(site.state, site.held):
+            site.take(event)
+        site.loading = {}
+        orders = target_by_host(to_hold(site.state), site.names)
+        assert all(len(keys) <= site.slots + site.limits.staging for keys in orders.values())
+        served = target_by_host(site.state.published, site.names)
+        assert all(served[name] <= orders[name] & site.held[name] for name in site.names)
+        # Each host loads one thing at a time and evicts at once.
+        for name, keys in orders.items():
+            site.held[name] = (site.held[name] & keys) | set(sorted(keys - site.held[name])[:1])
+    assert site.state.is_done
+    assert site.held == {"h0": {B}, "h1": {A}, "h2": {A, C}}
 
 
 def test_goals_must_name_every_expert() -> None:
