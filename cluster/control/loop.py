@@ -1,4 +1,4 @@
-"""One turn of the control loop: load in, orders out. Plans when nothing is moving, or when what moves has become wrong.
+"""One turn of the control loop: load in, orders out. Plans when nothing moves, and now and then when something does.
 
 Keeps beside every plan that it applied what was predicted and what came of it.
 """
@@ -16,6 +16,8 @@ from cluster.control.state import Replicas
 from cluster.control.trust import doubt_load
 
 HISTORY = 100
+REPLAN_S = 10.0
+"""Long moves are thought over so often: the load may not be any more what they were for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class LoopState:
     moving: MoveState
     planning: PlanState = field(default_factory=PlanState)
     history: tuple[Applied, ...] = ()
+    planned_at: float = float("-inf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +63,11 @@ def turn(
         state = _move(state, HostAway(name=name), fleet, limits, now, effects)
     state = _move(state, TimePassed(), fleet, limits, now, effects)
     state = _realise(state, load, fleet, policy, now)
-    if not state.moving.is_done and not _is_wrong(state.moving, fleet):
+    is_late = now - state.planned_at >= REPLAN_S
+    if not (state.moving.is_done or is_late or _is_wrong(state.moving, fleet)):
         return state, Turn(effects=tuple(effects))
     made, planning = plan(load, fleet, _live(state.moving, fleet), policy, state.planning, now)
-    state = replace(state, planning=planning)
+    state = replace(state, planning=planning, planned_at=now)
     if made.is_change:
         state = _move(state, Goal(replicas=made.target), fleet, limits, now, effects)
         state = replace(state, history=(*state.history, _applied(made, state.moving.epoch, now))[-HISTORY:])

@@ -181,6 +181,8 @@ def _finish(
 ) -> tuple[Plan, PlanState]:
     target: Replicas = draft.replicas() if draft.is_touched else placement
     loads, evictions = difference(placement, target)
+    if loads:
+        target = _hottest_first(target, loads, basis)
     wanted, scale = _size(load, doubt, fleet, target, policy, state, now)
     if loads or evictions:
         added = {**state.added, **dict.fromkeys(loads, now)}
@@ -227,6 +229,12 @@ def _size(
 
 def _no_change(placement: Replicas, why: str, held_by: str, alarms: tuple[str, ...]) -> Plan:
     return Plan(target=placement, size=Size(hosts=0, why=held_by), why=why, held_by=held_by, alarms=alarms)
+
+
+def _hottest_first(target: Replicas, loads: tuple[Replica, ...], load: Load) -> Replicas:
+    """`target` in the order in which its replicas are best loaded: moves go by it."""
+    moved = sorted({key for key, _ in loads}, key=lambda key: (-load.rows[key], key))
+    return MappingProxyType({key: target[key] for key in (*moved, *target)})
 
 
 def _hottest(load: Load, most: int = 5) -> tuple[tuple[ExpertKey, float], ...]:

@@ -100,22 +100,32 @@ class World:
         self.loading = {replica: at for replica, at in self.loading.items() if replica[1] in self.held}
 
     def _arrivals(self) -> list[MoveEffect]:
-        """What hosts say during the tick that ends now, at most a second late."""
+        """What hosts say and time brings during the tick that ends now."""
         effects: list[MoveEffect] = []
         at = self.now - self.tick_s
         while at < self.now and not self.state.moving.is_done:
-            at = min(at + 1.0, self.now)
+            at = self._next_event(at)
             events: list[MoveEvent] = [
                 Loaded(replica=replica) for replica, due in sorted(self.loading.items()) if due <= at
             ]
             for event in (*events, TimePassed()):
                 if isinstance(event, Loaded):
+                    if event.replica not in self.loading:
+                        # What came before it in this very moment had it given up.
+                        continue
                     del self.loading[event.replica]
                     self.held[event.replica[1]].add(event.replica[0])
                 self.state, more = told(self.state, event, self.fleet, self.limits, at)
                 self._carry_out(more, at)
                 effects += more
         return effects
+
+    def _next_event(self, at: float) -> float:
+        """When a load ends, the next may begin, a replica has drained or a load is given up; the tick's end at most."""
+        moving = self.state.moving
+        times = [moving.next_load_at, *self.loading.values(), *moving.draining.values()]
+        times += [loading.deadline for loading in moving.loading.values()]
+        return min([self.now, *(time for time in times if time > at)])
 
     def _carry_out(self, effects: tuple[MoveEffect, ...], now: float) -> None:
         for effect in effects:
