@@ -41,7 +41,7 @@ class Policy:
     min_replicas: int = 1
     bytes_per_s: float = 1e9
     """At what rate replicas are loaded, all together; for estimates."""
-    max_trials: int = 1000
+    max_trials: int = 800
     """Bounds the time that a plan takes."""
     scaling: Scaling = field(default_factory=Scaling)
 
