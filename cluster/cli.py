@@ -68,8 +68,8 @@ def _parser(version: str) -> argparse.ArgumentParser:
     _add_drill(commands.add_parser("drill", help="break a running cluster on purpose, and judge what its users saw"))
     _add_make_tiny(commands.add_parser("make-tiny", help="write a tiny checkpoint with random weights"))
     _add_demo(commands.add_parser("demo", help="serve a tiny checkpoint, ask it, kill a host, ask again"))
-    _add_simulate(commands.add_parser("simulate", help="look for bugs in a simulated cluster"))
     _add_bench(commands.add_parser("bench", help="measure a server, the engine alone, or the links"))
+    _add_simulate(commands.add_parser("simulate", help="a cluster that is not there: its faults, or its placements"))
     return parser
 
 
@@ -155,6 +155,9 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     faults.set_defaults(run=_simulate_faults)
     faults.add_argument("--seeds", metavar="A-B", default="0-199", help="seeds to run, or a single one (0-199)")
     faults.add_argument("--verbose", action="store_true", help="print everything that happens")
+    from cluster.simulate_placement.options import add_placement
+
+    add_placement(kinds.add_parser("placement", help="what the planner does with a load, over time"))
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -188,6 +191,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     context.set_defaults(run=_bench_context)
     context.add_argument("--tokens", metavar="T", default=1_000_000, type=int, help="length of the prompt (1000000)")
     context.add_argument("--json", metavar="FILE", help="as above")
+    plan = kinds.add_parser("plan", help="how long the planner takes, and the control loop in simulation")
+    plan.set_defaults(run=_bench_plan)
+    plan.add_argument("--json", metavar="FILE", help="as above")
     dispatch = kinds.add_parser("dispatch", help="round trip of a block of rows, beside a bare gRPC echo")
     dispatch.set_defaults(run=_bench_dispatch)
     dispatch.add_argument("--hidden", metavar="H,…", default="1024,5120", help="widths of a row (1024,5120)")
@@ -383,6 +389,18 @@ def _bench_context(options: argparse.Namespace) -> int:
     if not 64 <= options.tokens <= 10_000_000:
         raise InvalidInput("tokens", options.tokens, "must be between 64 and 10000000")
     print_results([bench_context(options.tokens)], options.json)
+    return 0
+
+
+def _bench_plan(options: argparse.Namespace) -> int:
+    from cluster.measure.planning import bench_loop_speed, bench_plans
+    from cluster.measure.report import print_results
+    from cluster.result_file import check_result_file
+
+    check_result_file(options.json)
+    print_results(bench_plans(), options.json)
+    if options.json is None:
+        print_results(bench_loop_speed())
     return 0
 
 

@@ -60,8 +60,8 @@ def encode(journal: Journal) -> dict[str, Any]:
         "epoch": journal.epoch,
         "port": journal.port,
         "away": sorted(journal.away),
-        "target": _encode_replicas(journal.target),
-        "replicas": _encode_replicas(journal.replicas),
+        "target": encode_replicas(journal.target),
+        "replicas": encode_replicas(journal.replicas),
     }
 
 
@@ -78,19 +78,21 @@ def decode(raw: Any) -> Journal:
         epoch=epoch,
         port=port,
         away=frozenset(str(name) for name in raw.get("away", ())),
-        target=_decode_replicas(raw["target"]),
-        replicas=_decode_replicas(raw["replicas"]),
+        target=decode_replicas(raw["target"]),
+        replicas=decode_replicas(raw["replicas"]),
     )
 
 
-def _encode_replicas(replicas: Replicas) -> dict[str, Any]:
+def encode_replicas(replicas: Replicas) -> dict[str, Any]:
+    """A placement as JSON values."""
     names = sorted({name for hosts in replicas.values() for name in hosts})
     index = {name: position for position, name in enumerate(names)}
     rows = [[layer, expert, [index[name] for name in hosts]] for (layer, expert), hosts in replicas.items()]
     return {"hosts": names, "experts": rows}
 
 
-def _decode_replicas(raw: Mapping[str, Any]) -> Replicas:
+def decode_replicas(raw: Mapping[str, Any]) -> Replicas:
+    """The inverse of `encode_replicas`, with the errors of `decode`."""
     names = [str(name) for name in raw["hosts"]]
     replicas: dict[ExpertKey, tuple[str, ...]] = {}
     for layer, expert, hosts in raw["experts"]:

@@ -1,0 +1,149 @@
+"""One turn of the control loop: load in, orders out. Plans when nothing moves, and now and then when something does.
+
+Keeps beside every plan that it applied what was predicted and what came of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from cluster.control.balance import LayerBalance
+from cluster.control.fleet import Fleet, Load
+from cluster.control.move_state import Goal, HostAway, Limits, MoveEffect, MoveEvent, MoveState, TimePassed
+from cluster.control.moves import step
+from cluster.control.plan import Plan, PlanState, Policy, plan
+from cluster.control.state import Replicas
+from cluster.control.trust import doubt_load
+
+HISTORY = 100
+REPLAN_S = 10.0
+"""Long moves are thought over so often: the load may not be any more what they were for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """A plan that was begun `at`. Balances are mean over slowest host, of the worst layer that it changed; `realised`
+    is measured once all its moves are done, None until then."""
+
+    at: float
+    epoch: int
+    loads: int
+    moved_bytes: int
+    before: float | None
+    predicted: float
+    why: str
+    realised: float | None = None
+    took_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopState:
+    """All that the loop carries from turn to turn."""
+
+    moving: MoveState
+    planning: PlanState = field(default_factory=PlanState)
+    history: tuple[Applied, ...] = ()
+    planned_at: float = float("-inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What one turn decided: `plan` is None while replicas move and nothing speaks against it."""
+
+    effects: tuple[MoveEffect, ...]
+    plan: Plan | None = None
+
+
+def turn(
+    state: LoopState, load: Load | None, fleet: Fleet, policy: Policy, limits: Limits, now: float
+) -> tuple[LoopState, Turn]:
+    """Take the load and the fleet as they are `now`; hosts that are not in `fleet` are gone."""
+    effects: list[MoveEffect] = []
+    for name in sorted(_gone(state.moving, fleet)):
+        state = _move(state, HostAway(name=name), fleet, limits, now, effects)
+    state = _move(state, TimePassed(), fleet, limits, now, effects)
+    state = _realise(state, load, fleet, policy, now)
+    is_late = now - state.planned_at >= REPLAN_S
+    if not (state.moving.is_done or is_late or _is_wrong(state.moving, fleet)):
+        return state, Turn(effects=tuple(effects))
+    made, planning = plan(load, fleet, _live(state.moving, fleet), policy, state.planning, now)
+    state = replace(state, planning=planning, planned_at=now)
+    if made.is_change:
+        state = _move(state, Goal(replicas=made.target), fleet, limits, now, effects)
+        state = replace(state, history=(*state.history, _applied(made, state.moving.epoch, now))[-HISTORY:])
+    return state, Turn(effects=tuple(effects), plan=made)
+
+
+def told(
+    state: LoopState, event: MoveEvent, fleet: Fleet, limits: Limits, now: float
+) -> tuple[LoopState, tuple[MoveEffect, ...]]:
+    """Take in what a host said about a load, or a goal that a person set."""
+    effects: list[MoveEffect] = []
+    state = _move(state, event, fleet, limits, now, effects)
+    return state, tuple(effects)
+
+
+def _move(
+    state: LoopState, event: MoveEvent, fleet: Fleet, limits: Limits, now: float, effects: list[MoveEffect]
+) -> LoopState:
+    moving, more = step(state.moving, event, fleet, limits, now)
+    effects += more
+    return replace(state, moving=moving)
+
+
+def _gone(moving: MoveState, fleet: Fleet) -> set[str]:
+    named = {name for names in moving.published.values() for name in names}
+    named |= {name for _, name in (*moving.loading, *moving.draining)}
+    return named - fleet.hosts.keys()
+
+
+def _is_wrong(moving: MoveState, fleet: Fleet) -> bool:
+    """Whether the goal has an expert nowhere, or on a host that is gone or leaves."""
+    staying = frozenset(fleet.staying)
+    return any(not names or not staying.issuperset(names) for names in moving.goal.values())
+
+
+def _live(moving: MoveState, fleet: Fleet) -> Replicas:
+    if all(name in fleet.hosts for names in moving.goal.values() for name in names):
+        return moving.goal
+    return {key: tuple(name for name in names if name in fleet.hosts) for key, names in moving.goal.items()}
+
+
+def _applied(made: Plan, epoch: int, now: float) -> Applied:
+    changed = [note for note in made.layers if note.is_changed] or list(made.layers)
+    before = [note.before for note in changed if note.before is not None]
+    return Applied(
+        at=now,
+        epoch=epoch,
+        loads=len(made.loads),
+        moved_bytes=made.moved_bytes,
+        before=1.0 / max(before) if before else None,
+        predicted=1.0 / max((note.after for note in changed), default=1.0),
+        why=made.why,
+    )
+
+
+def _realise(state: LoopState, load: Load | None, fleet: Fleet, policy: Policy, now: float) -> LoopState:
+    """Note what came of the last plan, from a load that was counted after its last move."""
+    if not state.history or state.history[-1].realised is not None or not state.moving.is_done:
+        return state
+    published = state.moving.published
+    if load is None or doubt_load(load, published, now, policy.max_age_s):
+        return state
+    realised = 1.0 / max(imbalances(load, fleet, published).values(), default=1.0)
+    last = replace(state.history[-1], realised=realised, took_s=now - state.history[-1].at)
+    return replace(state, history=(*state.history[:-1], last))
+
+
+def imbalances(load: Load, fleet: Fleet, replicas: Replicas) -> dict[int, float]:
+    """Time of the slowest host over the mean, of each layer, when routers split rows well."""
+    hosts = list(fleet.hosts.values())
+    number = {host.name: place for place, host in enumerate(hosts)}
+    layers: dict[int, tuple[list[float], list[list[int]]]] = {}
+    for key in sorted(replicas):
+        rows, homes = layers.setdefault(key[0], ([], []))
+        rows.append(load.rows[key])
+        homes.append([number[name] for name in replicas[key] if name in number])
+    return {
+        layer: LayerBalance(rows, homes, hosts, load.dispatches).imbalance for layer, (rows, homes) in layers.items()
+    }

@@ -1,0 +1,1 @@
+"""What the planner would do with a load: the very same control loop, without a cluster."""
