@@ -26,6 +26,8 @@ typedef struct {
 
 typedef float Sums[SIDE][SIDE];  // [output, row]
 
+static long least(long a, long b) { return a < b ? a : b; }
+
 static long groups_of(long M) { return (M + SIDE - 1) / SIDE; }
 
 // ---- sums of one strip and one group
@@ -34,25 +36,22 @@ static long groups_of(long M) { return (M + SIDE - 1) / SIDE; }
 
 // One group of rows to the tiles [K / STEP][pair of inputs][row]; rows that are not there are zeros.
 static void pack_group(const Input *in, long group, char *tiles) {
-    long M = in->M - group * SIDE < SIDE ? in->M - group * SIDE : SIDE;
-    const __m512i pairs = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                             _mm512_set1_epi32(SIDE));
-    if (M < SIDE) memset(tiles, 0, in->K / STEP * TILE);
-    for (long m = 0; m < M; m++) {
-        const bf16 *row = in->rows + (group * SIDE + m) * in->K;
-        for (long k = 0; k < in->K / STEP; k++)
-            _mm512_i32scatter_epi32(tiles + k * TILE + m * 4, pairs, _mm512_loadu_si512(row + k * STEP), 4);
+    long M = least(in->M - group * SIDE, SIDE);
+    const bf16 *rows = in->rows + group * SIDE * in->K;
+    for (long k = 0; k < in->K; k += STEP, tiles += TILE) {
+        __m512i v[SIDE];
+        for (long m = 0; m < SIDE; m++) v[m] = m < M ? _mm512_loadu_si512(rows + m * in->K + k) : _mm512_setzero_si512();
+        transpose(v);
+        for (int i = 0; i < SIDE; i++) _mm512_storeu_si512(tiles + i * 64, v[i]);
     }
 }
 
-// The same columns, two lines wide, of the strips that come next: by then they have left memory.
-static void ask_for(const bf16 *w0, const bf16 *w1, long lead, long K, long column) {
-    for (int r = 0; r < SIDE; r++) {
-        const bf16 *next0 = w0 + (lead + r) * K + column, *next1 = w1 + (lead + r) * K + column;
-        _mm_prefetch((const char *)next0, _MM_HINT_T1);
-        _mm_prefetch((const char *)(next0 + STEP), _MM_HINT_T1);
-        _mm_prefetch((const char *)next1, _MM_HINT_T1);
-        _mm_prefetch((const char *)(next1 + STEP), _MM_HINT_T1);
+// Two lines for every row of the strips that come next, in the order of memory: by then they have left it.
+static void ask_for(const bf16 *w0, const bf16 *w1, long lead, long K, long step) {
+    const bf16 *next0 = w0 + lead * K + step * SIDE * STEP, *next1 = w1 + lead * K + step * SIDE * STEP;
+    for (int at = 0; at < 2 * SIDE * STEP; at += STEP) {
+        _mm_prefetch((const char *)(next0 + at), _MM_HINT_T1);
+        _mm_prefetch((const char *)(next1 + at), _MM_HINT_T1);
     }
 }
 
@@ -63,7 +62,7 @@ static void block(const Input *in, long group, int second, const bf16 *w0, const
     const char *x0 = in->tiles + group * steps * TILE, *x1 = x0 + steps * TILE;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (long k = 0; k < steps; k++) {
-        if (k % 2 == 0) ask_for(w0, w1, lead, in->K, k * STEP);
+        if (k % 2 == 0) ask_for(w0, w1, lead, in->K, k);
         _tile_loadd(4, w0 + k * STEP, stride);
         _tile_loadd(5, w1 + k * STEP, stride);
         _tile_loadd(6, x0 + k * TILE, 64);
@@ -115,7 +114,7 @@ static void strip(const bf16 *x, long M, const bf16 *w, long K, Sums sums) {
 static void block(const Input *in, long group, int second, const bf16 *w0, const bf16 *w1, long lead, Sums *sums) {
     (void)lead;
     for (int g = 0; g <= second; g++) {
-        long first = (group + g) * SIDE, M = in->M - first < SIDE ? in->M - first : SIDE;
+        long first = (group + g) * SIDE, M = least(in->M - first, SIDE);
         strip(in->rows + first * in->K, M, w0, in->K, sums[2 * g]);
         if (w1 != w0) strip(in->rows + first * in->K, M, w1, in->K, sums[2 * g + 1]);
     }
@@ -125,9 +124,10 @@ static void block(const Input *in, long group, int second, const bf16 *w0, const
 
 // ---- from sums to bfloat16
 
-static __m512 column(const Sums sums, long m) {
-    const __m512i rows = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
-    return _mm512_i32gather_ps(rows, &sums[0][m], 4);
+// Vectors of the outputs of each row.
+static void by_row(const Sums sums, __m512 v[SIDE]) {
+    for (int n = 0; n < SIDE; n++) v[n] = _mm512_loadu_ps(sums[n]);
+    transpose((__m512i *)v);
 }
 
 // silu(gate) · up, rounded wherever the reference's operations round.
@@ -153,10 +153,15 @@ static void strips(const Input *in, const bf16 *w, bf16 *y, long N, long from, l
         for (long group = 0; group < groups_of(in->M); group += 2) {
             int second = group + 1 < groups_of(in->M);
             block(in, group, second, w0, w1, 2 * SIDE, sums);
-            for (long m = group * SIDE; m < in->M && m < (group + 2) * SIDE; m++) {
-                int at = m / SIDE == group ? 0 : 2;
-                store(y + m * N + n, column(sums[at], m % SIDE));
-                if (both) store(y + m * N + n + SIDE, column(sums[at + 1], m % SIDE));
+            for (int g = 0; g <= second; g++) {
+                long first = (group + g) * SIDE, M = least(in->M - first, SIDE);
+                __m512 a[SIDE], b[SIDE];
+                by_row(sums[2 * g], a);
+                by_row(sums[2 * g + 1], b);
+                for (long m = 0; m < M; m++) {
+                    store(y + (first + m) * N + n, a[m]);
+                    if (both) store(y + (first + m) * N + n + SIDE, b[m]);
+                }
             }
         }
     }
@@ -167,10 +172,14 @@ static void gated_strips(const Input *in, const bf16 *w, bf16 *h, long F, long f
     Sums sums[4];
     for (long f = from * SIDE; f < to * SIDE; f += SIDE)
         for (long group = 0; group < groups_of(in->M); group += 2) {
-            block(in, group, group + 1 < groups_of(in->M), w + f * in->K, w + (F + f) * in->K, SIDE, sums);
-            for (long m = group * SIDE; m < in->M && m < (group + 2) * SIDE; m++) {
-                int at = m / SIDE == group ? 0 : 2;
-                store(h + m * F + f, swiglu(column(sums[at], m % SIDE), column(sums[at + 1], m % SIDE)));
+            int second = group + 1 < groups_of(in->M);
+            block(in, group, second, w + f * in->K, w + (F + f) * in->K, SIDE, sums);
+            for (int g = 0; g <= second; g++) {
+                long first = (group + g) * SIDE, M = least(in->M - first, SIDE);
+                __m512 a[SIDE], b[SIDE];
+                by_row(sums[2 * g], a);
+                by_row(sums[2 * g + 1], b);
+                for (long m = 0; m < M; m++) store(h + (first + m) * F + f, swiglu(a[m], b[m]));
             }
         }
 }
