@@ -159,4 +159,7 @@ class GrpcTransport:
         for ticket, (host, deadline) in list(self._waiting.items()):
             if deadline <= now:
                 del self._waiting[ticket]
+                link = self._links.get(host)
+                if link is not None:
+                    link.renew_if_stale(now)
                 self._fail(ticket, DeadlinePassed(host, "no answer by the deadline"))

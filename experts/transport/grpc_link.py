@@ -85,6 +85,12 @@ _Outbox = queue.SimpleQueue[_Outgoing | None]
 
 _PASSED_ON = "an answer that was passed on"
 
+STALE_S = 2.0
+"""A connection that was asked something and brought nothing for so long is made anew: damage on the way can leave one
+that neither works nor ends. A host that only computes answers the hello of a new one at once."""
+HELLO_S = 3.0
+"""The same for a connection that has not begun."""
+
 
 class _Refused(Exception):
     """The two ends do not fit: another checkpoint, another host than was meant, another protocol."""
@@ -106,6 +112,7 @@ class Link:
         self._call: grpc.Call | None = None
         self._message_limit = 0
         self._incarnation = info.incarnation
+        self._asked_at = self._heard_at = 0.0
         self._last_trouble = ""
 
     @property
@@ -133,6 +140,16 @@ class Link:
         if call is not None:
             call.cancel()
 
+    def renew_if_stale(self, now: float) -> None:
+        """Make the connection anew if nothing has come of it for `STALE_S` though something was asked."""
+        with self._lock:
+            waits = self._outbox is not None and bool(self._in_flight)
+            is_stale = waits and now - max(self._asked_at, self._heard_at) >= STALE_S
+            call = self._call if is_stale else None
+        if call is not None:
+            self._report(f"nothing came for {STALE_S:g} s: connecting anew")
+            call.cancel()
+
     def join(self) -> None:
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -147,6 +164,8 @@ class Link:
                 return BadFrame(self._host, f"a message of {num_bytes} bytes, {self._message_limit} are allowed")
             if len(self._in_flight) >= self._setup.max_in_flight:
                 return DeadlinePassed(self._host, f"{len(self._in_flight)} shipments are unanswered already")
+            if not self._in_flight:
+                self._asked_at = time.monotonic()
             self._in_flight[ticket] = shipment.rows_TH.shape[0]
             self._outbox.put(_Outgoing(ticket, shipment, deadline))
         return None
@@ -170,12 +189,14 @@ class Link:
             raise _Refused(f"its address {ROWS_RULE}")
         outbox: _Outbox = queue.SimpleQueue()
         channel = open_channel(address, client_options(setup.max_message_bytes), setup.tls)
+        hello_timer = threading.Timer(HELLO_S, self._miss_hello)
+        hello_timer.daemon = True
         try:
             exchange = channel.stream_stream(f"/{SERVICE}/{METHOD}", None, self._hear)
             call = exchange(self._requests(outbox))
             if not self._begin(call):
                 return False
-            # Waits as long as the connection lives: until it says hello, a host is as good as down.
+            hello_timer.start()
             for heard in call:
                 if isinstance(heard, BadFrame):
                     raise heard
@@ -187,10 +208,19 @@ class Link:
         except grpc.RpcError as error:
             self._report(explain(str(error.details()), setup.tls))
         finally:
+            hello_timer.cancel()
             was_up = self._end("its stream ended")
             outbox.put(None)
             channel.close()
         return was_up
+
+    def _miss_hello(self) -> None:
+        """Until it says hello, a host is as good as down."""
+        with self._lock:
+            call = self._call if self._outbox is None else None
+        if call is not None:
+            self._report(f"no hello for {HELLO_S:g} s")
+            call.cancel()
 
     def _requests(self, outbox: _Outbox) -> Iterator[bytes]:
         """What the stream sends; runs in a thread of gRPC's, which alone waits when the host takes nothing."""
@@ -229,6 +259,7 @@ class Link:
         """Pass an answer on; what else the host says goes to the link's thread. Called by gRPC, with each message."""
         try:
             frame = split(message, self._host)
+            self._heard_at = time.monotonic()
             if not self.is_up:
                 return frame
             if frame.header.kind not in (Kind.RESULT, Kind.ERROR):

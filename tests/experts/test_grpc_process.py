@@ -10,6 +10,7 @@ from expert_hosts import ask, assert_answers, collect, make_shipment, make_terms
 from host_process import HostProcess
 
 from experts.errors import DeadlinePassed, HostLost
+from experts.transport import grpc_link
 from experts.transport.grpc_client import GrpcTransport
 from experts.transport.grpc_link import Reconnect
 
@@ -69,4 +70,41 @@ def test_a_stopped_host_misses_deadlines_and_is_welcome_when_it_goes_on(transpor
         assert_serves(transport, "b")
         stopped.resume()
         wait_until(lambda: "a" in transport.revived(), "the late answers")
+        assert_serves(transport, "a")
+
+
+def test_a_connection_that_brings_nothing_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch, transport: GrpcTransport
+) -> None:
+    """Damage on the way can leave one that neither works nor ends; a stopped host looks the same."""
+    monkeypatch.setattr(grpc_link, "STALE_S", 0.2)
+    monkeypatch.setattr(grpc_link, "HELLO_S", 0.2)
+    with HostProcess("a", [FIRST]) as stopped:
+        transport.connect({"a": stopped.info})
+        wait_linked(transport, "a")
+        assert_serves(transport, "a")
+        stopped.stop()
+        waiting = transport.send("a", make_shipment({FIRST: 1}), soon())
+        expiring = transport.send("a", make_shipment({FIRST: 1}), time.monotonic() + 0.3)
+        results = collect(transport, [waiting, expiring])
+        assert isinstance(results[expiring], DeadlinePassed)
+        assert isinstance(results[waiting], HostLost), "the connection is gone, and what it owed with it"
+        assert transport.linked() == frozenset()
+        stopped.resume()
+        wait_linked(transport, "a")
+        assert_serves(transport, "a")
+
+
+def test_a_silence_is_counted_from_the_first_question(
+    monkeypatch: pytest.MonkeyPatch, transport: GrpcTransport
+) -> None:
+    monkeypatch.setattr(grpc_link, "STALE_S", 0.2)
+    with HostProcess("a", [FIRST]) as host:
+        transport.connect({"a": host.info})
+        wait_linked(transport, "a")
+        assert_serves(transport, "a")
+        time.sleep(0.3)
+        ticket = transport.send("a", make_shipment({FIRST: 1}), time.monotonic())
+        assert isinstance(collect(transport, [ticket])[ticket], DeadlinePassed)
+        assert transport.linked() == {"a"}
         assert_serves(transport, "a")
