@@ -47,3 +47,19 @@ static inline __m512 exp2_512(__m512 v) {
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000259f));
     return _mm512_scalef_ps(p, v);
 }
+
+// Row by row the sum, or the largest, of the lanes of 16 vectors; with `largest` a constant.
+static inline __attribute__((always_inline)) __m512 across(const __m512 *v, const int largest) {
+#define JOIN(a, b) (largest ? _mm512_max_ps(a, b) : _mm512_add_ps(a, b))
+    __m512 pairs[8], fours[4];
+    for (int i = 0; i < 8; i++)
+        pairs[i] = JOIN(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = JOIN(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    __m512 left = JOIN(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
+    __m512 right = JOIN(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
+    return JOIN(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xdd));
+#undef JOIN
+}

@@ -149,20 +149,6 @@ enum { BLOCK = 16, AT_ONCE = 4 };
 
 static void pack(Heads *heads) { (void)heads; }
 
-// Vector of the sums of 16 vectors.
-static __m512 sums(const __m512 *v) {
-    __m512 pairs[8], fours[4];
-    for (int i = 0; i < 8; i++)
-        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-    for (int i = 0; i < 4; i++) {
-        __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
-        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    __m512 left = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
-    __m512 right = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xdd));
-}
-
 // Products of one query with `count` <= BLOCK keys.
 static __m512 scores(const bf16 *query, const bf16 *keys, long count, long stride, long D) {
     __m512 sum[BLOCK];
@@ -174,7 +160,7 @@ static __m512 scores(const bf16 *query, const bf16 *keys, long count, long strid
         else
             for (int j = 0; j < count; j++) sum[j] = _mm512_dpbf16_ps(sum[j], q, (__m512bh)_mm512_loadu_si512(keys + j * stride + d));
     }
-    return sums(sum);
+    return across(sum, 0);
 }
 
 // Shares of the keys by their scores; what there was before is to be multiplied by `keep`.
