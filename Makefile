@@ -21,7 +21,7 @@ test: check
 
 # What takes longer than ten minutes. DRILL_TIMES=20 in the environment repeats every drill so often.
 soak: check
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --hypothesis-profile=new
 
 # What needs no running: style, types, layers, and that the committed stubs are what proto/ generates.
 check: $(READY)

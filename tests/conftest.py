@@ -6,6 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run, so that a change is judged by what it changed. `make soak` looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("new", print_blob=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True, scope="session")
