@@ -17,6 +17,7 @@ from experts.arithmetic import Arithmetic
 from experts.checkpoint import Checkpoint
 from experts.config import ModelConfig, load_config
 from experts.errors import InvalidInput
+from experts.kernels.helpers import release_helpers
 from experts.kernels.native import choose_arithmetic
 from experts.link_terms import LinkTerms
 from experts.placement import ExpertKey
@@ -142,6 +143,7 @@ def build_engine(
         images=_image_features(model, settings),
         static=_static_steps(decoder, layout, settings, at_hand),
     )
+    release_helpers()  # This thread has loaded; the engine's computes.
     return Engine(
         scheduler=scheduler,
         runner=wrap(runner),

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import experts.kernels
 from experts.kernels.compiler import load
+from experts.kernels.helpers import release_helpers
 from experts.kernels.native import choose_arithmetic
 
 READ_BYTES = (64 << 20, 2 << 30)
@@ -62,6 +63,7 @@ def measure_machine(
         )
     finally:
         torch.set_num_threads(before)
+        release_helpers()
 
 
 def _read_rate(num_bytes: int, device: torch.device) -> float:

@@ -15,6 +15,8 @@
 
 enum {
     AHEAD = 512,        // bytes of a matrix row that are asked for before they are needed, without AMX
+    DEPTH = 8 * STEP,   // inputs that are taken at a time, with AMX: those of some rows fit the innermost cache
+    PAIRS = 2,          // pairs of strips that are read side by side: fewer do not hide what tiles take to come back
     WORTH_A_THREAD = 1 << 17,  // elements of a matrix; threads meet too slowly for less
 };
 
@@ -24,13 +26,14 @@ typedef struct {
     long M, K;
 } Input;
 
-typedef float Sums[SIDE][SIDE];  // [output, row]
+typedef float Sums[SIDE][SIDE];   // [output, row]
+typedef const bf16 *Pair[2];      // two strips of SIDE outputs each
 
 static long least(long a, long b) { return a < b ? a : b; }
 
 static long groups_of(long M) { return (M + SIDE - 1) / SIDE; }
 
-// ---- sums of one strip and one group
+// ---- sums of pairs of strips and groups of rows
 
 #ifdef __AMX_BF16__
 
@@ -46,37 +49,62 @@ static void pack_group(const Input *in, long group, char *tiles) {
     }
 }
 
-// Two lines for every row of the strips that come next, in the order of memory: by then they have left it.
-static void ask_for(const bf16 *w0, const bf16 *w1, long lead, long K, long step) {
-    const bf16 *next0 = w0 + lead * K + step * SIDE * STEP, *next1 = w1 + lead * K + step * SIDE * STEP;
-    for (int at = 0; at < 2 * SIDE * STEP; at += STEP) {
-        _mm_prefetch((const char *)(next0 + at), _MM_HINT_T1);
-        _mm_prefetch((const char *)(next1 + at), _MM_HINT_T1);
+// Adds what inputs `from` to `to` give for one group of rows or two to sums[strip + 2 * group]. Meanwhile as many inputs
+// of what comes `next` (if not NULL) are on their way.
+static inline __attribute__((always_inline)) void add(const Input *in, long group, const int two, const Pair w, const bf16 **next,
+                                                      long from, long to, Sums *sums) {
+    long stride = in->K * sizeof(bf16);
+    const char *x0 = in->tiles + (group * in->K + from) / STEP * TILE, *x1 = x0 + in->K / STEP * TILE;
+    if (from == 0) {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums[0], 64); _tile_loadd(1, sums[1], 64);
+        if (two) { _tile_loadd(2, sums[2], 64); _tile_loadd(3, sums[3], 64); }
     }
-}
-
-// Sums of strips w0 and w1 with groups `group` and, if there is a second, the next: sums[strip + 2 * group].
-// The strips that come next are `lead` rows further.
-static void block(const Input *in, long group, int second, const bf16 *w0, const bf16 *w1, long lead, Sums *sums) {
-    long steps = in->K / STEP, stride = in->K * sizeof(bf16);
-    const char *x0 = in->tiles + group * steps * TILE, *x1 = x0 + steps * TILE;
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    for (long k = 0; k < steps; k++) {
-        if (k % 2 == 0) ask_for(w0, w1, lead, in->K, k);
-        _tile_loadd(4, w0 + k * STEP, stride);
-        _tile_loadd(5, w1 + k * STEP, stride);
-        _tile_loadd(6, x0 + k * TILE, 64);
+    for (long k = from; k < to; k += STEP, x0 += TILE, x1 += TILE) {
+        for (int i = 0; next && i < SIDE; i++) {
+            _mm_prefetch((const char *)(next[0] + i * in->K + k - from), _MM_HINT_T1);
+            _mm_prefetch((const char *)(next[1] + i * in->K + k - from), _MM_HINT_T1);
+        }
+        _tile_loadd(4, w[0] + k, stride);
+        _tile_loadd(5, w[1] + k, stride);
+        _tile_loadd(6, x0, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
-        if (second) {
-            _tile_loadd(7, x1 + k * TILE, 64);
+        if (two) {
+            _tile_loadd(7, x1, 64);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    if (second) { _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64); }
+    _tile_stored(0, sums[0], 64); _tile_stored(1, sums[1], 64);
+    if (two) { _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64); }
+}
+
+// What is read after inputs `from` to `to` of w[pair]: those of the next pair, the next inputs of the first one, or the
+// first ones of what comes after all of them.
+static int comes_next(const Pair *w, long pair, long pairs, int more, long from, long to, long K, Pair next) {
+    long at = pair + 1 < pairs ? from : to < K ? to : 0;
+    if (pair + 1 == pairs && to == K && !more) return 0;
+    const bf16 *const *of = pair + 1 < pairs ? w[pair + 1] : to < K ? w[0] : w[pairs];
+    next[0] = of[0] + at;
+    next[1] = of[1] + at;
+    return 1;
+}
+
+// Sums of all rows with `pairs` pairs of strips: sums[pair][strip + 2 * group]. With `more`, w[pairs] is read afterwards.
+static void multiply(const Input *in, const Pair *w, long pairs, int more, Sums *sums) {
+    long groups = groups_of(in->M);
+    for (long from = 0; from < in->K; from += DEPTH)
+        for (long pair = 0, to = least(from + DEPTH, in->K); pair < pairs; pair++) {
+            Pair after;
+            const bf16 **next = comes_next(w, pair, pairs, more, from, to, in->K, after) ? after : NULL;
+            for (long group = 0; group < groups; group += 2, next = NULL) {
+                Sums *own = sums + 2 * (pair * groups + group);
+                if (group + 1 < groups) add(in, group, 1, w[pair], next, from, to, own);
+                else add(in, group, 0, w[pair], next, from, to, own);
+            }
+        }
 }
 
 #else
@@ -111,13 +139,14 @@ static void strip(const bf16 *x, long M, const bf16 *w, long K, Sums sums) {
         }
 }
 
-static void block(const Input *in, long group, int second, const bf16 *w0, const bf16 *w1, long lead, Sums *sums) {
-    (void)lead;
-    for (int g = 0; g <= second; g++) {
-        long first = (group + g) * SIDE, M = least(in->M - first, SIDE);
-        strip(in->rows + first * in->K, M, w0, in->K, sums[2 * g]);
-        if (w1 != w0) strip(in->rows + first * in->K, M, w1, in->K, sums[2 * g + 1]);
-    }
+static void multiply(const Input *in, const Pair *w, long pairs, int more, Sums *sums) {
+    (void)more;
+    for (long pair = 0; pair < pairs; pair++)
+        for (long group = 0; group < groups_of(in->M); group++, sums += 2) {
+            long first = group * SIDE, M = least(in->M - first, SIDE);
+            strip(in->rows + first * in->K, M, w[pair][0], in->K, sums[0]);
+            strip(in->rows + first * in->K, M, w[pair][1], in->K, sums[1]);
+        }
 }
 
 #endif
@@ -139,49 +168,64 @@ static __m512 swiglu(__m512 gate, __m512 up) {
 
 // ---- work of all threads
 
-enum { TILES, MIDDLE, ROWS, RESULTS, LOGITS };  // rooms of scratch
+enum { TILES, SUMS, MIDDLE, ROWS, RESULTS, LOGITS };  // rooms of scratch
 
 static long share(long items, int thread, int threads) { return items * thread / threads; }
 
-// y[M, N] = x[M, K] w[N, K]^T
-static void strips(const Input *in, const bf16 *w, bf16 *y, long N, long from, long to) {
-    Sums sums[4];
-    for (long pair = from; pair < to; pair++) {
-        long n = pair * 2 * SIDE;
-        int both = n + SIDE < N;
-        const bf16 *w0 = w + n * in->K, *w1 = both ? w0 + SIDE * in->K : w0;
-        for (long group = 0; group < groups_of(in->M); group += 2) {
-            int second = group + 1 < groups_of(in->M);
-            block(in, group, second, w0, w1, 2 * SIDE, sums);
-            for (int g = 0; g <= second; g++) {
-                long first = (group + g) * SIDE, M = least(in->M - first, SIDE);
-                __m512 a[SIDE], b[SIDE];
-                by_row(sums[2 * g], a);
-                by_row(sums[2 * g + 1], b);
-                for (long m = 0; m < M; m++) {
-                    store(y + (first + m) * N + n, a[m]);
-                    if (both) store(y + (first + m) * N + n + SIDE, b[m]);
-                }
-            }
-        }
+// Pairs of strips of w[., K]: pair p is of the outputs from `hop` · p on, and of those `apart` further.
+typedef struct { const bf16 *w; long hop, apart, last; } Matrix;
+
+static void find(const Matrix *matrix, long K, long pair, Pair strips) {
+    long n = pair * matrix->hop, other = n + matrix->apart;
+    strips[0] = matrix->w + n * K;
+    strips[1] = matrix->w + (other < matrix->last ? other : n) * K;
+}
+
+// Calls done(to, N, pair, row, M, sums of the first strip, of the second) for rows `row` to row + M of pairs from `from` on.
+typedef void Done(bf16 *to, long N, long pair, long row, long M, const Sums first, const Sums second);
+
+static inline __attribute__((always_inline)) void strips(const Input *in, const Matrix *matrix, long from, long to, Done *done,
+                                                         bf16 *y, long N) {
+    long groups = groups_of(in->M);
+    Sums *sums = (Sums *)scratch(SUMS, PAIRS * groups * 2 * sizeof(Sums));
+    for (long pair = from; pair < to; pair += PAIRS) {
+        Pair w[PAIRS + 1];
+        long pairs = least(PAIRS, to - pair);
+        for (long p = 0; p <= pairs; p++) find(matrix, in->K, pair + p, w[p]);
+        multiply(in, w, pairs, pair + pairs < to, sums);
+        for (long p = 0, at = 0; p < pairs; p++)
+            for (long group = 0; group < groups; group++, at += 2)
+                done(y, N, pair + p, group * SIDE, least(in->M - group * SIDE, SIDE), sums[at], sums[at + 1]);
     }
 }
 
-// h[M, F] = silu(x gate^T) · (x up^T), gate and up being the halves of w[2F, K]
-static void gated_strips(const Input *in, const bf16 *w, bf16 *h, long F, long from, long to) {
-    Sums sums[4];
-    for (long f = from * SIDE; f < to * SIDE; f += SIDE)
-        for (long group = 0; group < groups_of(in->M); group += 2) {
-            int second = group + 1 < groups_of(in->M);
-            block(in, group, second, w + f * in->K, w + (F + f) * in->K, SIDE, sums);
-            for (int g = 0; g <= second; g++) {
-                long first = (group + g) * SIDE, M = least(in->M - first, SIDE);
-                __m512 a[SIDE], b[SIDE];
-                by_row(sums[2 * g], a);
-                by_row(sums[2 * g + 1], b);
-                for (long m = 0; m < M; m++) store(h + (first + m) * F + f, swiglu(a[m], b[m]));
-            }
-        }
+static void keep(bf16 *y, long N, long pair, long row, long M, const Sums first, const Sums second) {
+    __m512 a[SIDE], b[SIDE];
+    by_row(first, a);
+    by_row(second, b);
+    bf16 *to = y + row * N + pair * 2 * SIDE;
+    int both = pair * 2 * SIDE + SIDE < N;
+    for (long m = 0; m < M; m++) {
+        store(to + m * N, a[m]);
+        if (both) store(to + m * N + SIDE, b[m]);
+    }
+}
+
+static void keep_gated(bf16 *h, long F, long pair, long row, long M, const Sums gate, const Sums up) {
+    __m512 a[SIDE], b[SIDE];
+    by_row(gate, a);
+    by_row(up, b);
+    for (long m = 0; m < M; m++) store(h + (row + m) * F + pair * SIDE, swiglu(a[m], b[m]));
+}
+
+// Pairs `from` to `to` of y[M, N] = x[M, K] w[N, K]^T
+static void linear(const Input *in, const bf16 *w, bf16 *y, long N, long from, long to) {
+    strips(in, &(Matrix){w, 2 * SIDE, SIDE, N}, from, to, keep, y, N);
+}
+
+// The same of h[M, F] = silu(x gate^T) · (x up^T), gate and up being the halves of w[2F, K]
+static void gated(const Input *in, const bf16 *w, bf16 *h, long F, long from, long to) {
+    strips(in, &(Matrix){w, SIDE, F, 2 * F}, from, to, keep_gated, h, F);
 }
 
 // The rows as a thread needs them, in memory of its own: packing twice costs less than waiting for each other.
@@ -201,7 +245,7 @@ void herd_linear(const bf16 *x, const bf16 *w, bf16 *y, long M, long N, long K, 
         int thread = omp_get_thread_num(), all = omp_get_num_threads();
         Input in = packed(x, M, K);
         begin();
-        strips(&in, w, y, N, share(pairs, thread, all), share(pairs, thread + 1, all));
+        linear(&in, w, y, N, share(pairs, thread, all), share(pairs, thread + 1, all));
         end();
     }
 }
@@ -221,14 +265,14 @@ void herd_ffn(const bf16 *x, bf16 *y, const long *counts, const bf16 *const *gat
         for (long item = share(E * wide, thread, all), last = share(E * wide, thread + 1, all); item < last;) {
             long e = item / wide, until = last < (e + 1) * wide ? last : (e + 1) * wide;
             Input in = packed(x + first[e] * H, counts[e], H);
-            gated_strips(&in, gate_up[e], h + first[e] * F, F, item - e * wide, until - e * wide);
+            gated(&in, gate_up[e], h + first[e] * F, F, item - e * wide, until - e * wide);
             item = until;
         }
 #pragma omp barrier
         for (long item = share(E * pairs, thread, all), last = share(E * pairs, thread + 1, all); item < last;) {
             long e = item / pairs, until = last < (e + 1) * pairs ? last : (e + 1) * pairs;
             Input in = packed(h + first[e] * F, counts[e], F);
-            strips(&in, down[e], y + first[e] * H, H, item - e * pairs, until - e * pairs);
+            linear(&in, down[e], y + first[e] * H, H, item - e * pairs, until - e * pairs);
             item = until;
         }
         end();

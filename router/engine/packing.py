@@ -16,6 +16,8 @@ from router.engine.scheduler import Piece
 from router.model.decoder import PackedBatch
 from router.model.spans import Runs, Span
 
+WORTH_AN_ARRAY = 64
+"""Blocks of a table; a shorter one is gone through sooner than it is copied."""
 NO_FEATURES: Mapping[bytes, torch.Tensor] = {}
 
 
@@ -36,13 +38,13 @@ def pack(
         spans.append(_span(piece, row, block_size, chunk_size))
         row += piece.count
     ids = [token for piece in pieces for token in piece.request.token_ids[piece.start : piece.start + piece.count]]
-    positions = [torch.arange(piece.start, piece.start + piece.count, device=device) for piece in pieces]
+    positions = [position for piece in pieces for position in range(piece.start, piece.start + piece.count)]
     image_rows, image_features = _image_rows(pieces, features)
     return PackedBatch(
         ids_T=torch.tensor(ids, dtype=torch.int64, device=device),
-        positions_T=torch.cat(positions),
-        global_slots_T=_own_slots(spans, False).to(device),
-        local_slots_T=_own_slots(spans, True).to(device),
+        positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
+        global_slots_T=torch.tensor(_own_slots(spans, False), dtype=torch.int64, device=device),
+        local_slots_T=torch.tensor(_own_slots(spans, True), dtype=torch.int64, device=device),
         spans=tuple(spans),
         samples=tuple(index for index, piece in enumerate(pieces) if piece.samples),
         image_rows_P=torch.tensor(image_rows, dtype=torch.int64, device=device) if image_rows else None,
@@ -95,17 +97,23 @@ def _runs(blocks: list[int], count: int, block_size: int) -> Runs:
     blocks."""
     if not blocks:
         return (range(count),)
-    table = np.array(blocks[: -(-count // block_size)])
-    ends = np.append(np.flatnonzero(np.diff(table) != 1) + 1, len(table)).tolist()
+    table = blocks[: -(-count // block_size)]
     runs, begin = [], 0
-    for end in ends:
-        first = int(table[begin]) * block_size
+    for end in (*_breaks(table), len(table)):
+        first = table[begin] * block_size
         runs.append(range(first, first + min(end * block_size, count) - begin * block_size))
         begin = end
     return tuple(runs)
 
 
-def _own_slots(spans: Sequence[Span], chunked: bool) -> torch.Tensor:
-    """[T]: where each token of the batch keeps its keys and values."""
-    parts = [np.arange(run.start, run.stop) for span in spans for run in span.own(chunked)]
-    return torch.from_numpy(np.concatenate(parts))
+def _breaks(table: list[int]) -> list[int]:
+    """Where a block does not follow the one before."""
+    if len(table) < WORTH_AN_ARRAY:
+        return [index for index in range(1, len(table)) if table[index] != table[index - 1] + 1]
+    breaks: list[int] = (np.flatnonzero(np.diff(np.array(table)) != 1) + 1).tolist()
+    return breaks
+
+
+def _own_slots(spans: Sequence[Span], chunked: bool) -> list[int]:
+    """Where each token of the batch keeps its keys and values."""
+    return [slot for span in spans for run in span.own(chunked) for slot in run]

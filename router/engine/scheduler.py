@@ -244,9 +244,12 @@ class Scheduler:
     def _admit(self, draft: _Draft) -> None:
         """Start waiting requests, in order, while there is a place and room for all tokens they know. Admitting
         more than that ends in preemption, which throws computed tokens away."""
+        waiting = self._by_urgency(Phase.WAITING)
+        if not waiting:
+            return
         num_running = self.num_running
         spare = self._spare_blocks()
-        for request in self._by_urgency(Phase.WAITING):
+        for request in waiting:
             if not draft.room_for_prompts or num_running >= self.config.max_running:
                 return
             prefix = self.cache.find_prefix(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -10,12 +11,14 @@ from itertools import pairwise
 import pytest
 import torch
 from compiled import VARIANTS, Threads, Unwanted, native, needs_kernels, same_bits
+from expert_hosts import wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experts.arithmetic import Arithmetic, PlainArithmetic, TiledArithmetic, rms_norm
 from experts.ffn import ExpertWeights
 from experts.kernels.compiler import load
+from experts.kernels.helpers import release_helpers
 from experts.kernels.native import (
     MAX_ROWS,
     MAX_ROWS_PER_EXPERT,
@@ -552,3 +555,15 @@ def test_a_cpu_that_may_not_use_its_tiles_goes_without(monkeypatch: pytest.Monke
     library = module._products.__wrapped__()
     assert library is not None and library.herd_prepare() == 1
     assert [a != b for a, b in pairwise(asked)] == [True]
+
+
+@needs_kernels
+def test_a_thread_whose_helpers_were_released_computes_as_before() -> None:
+    x_TH, weight_NH = torch.randn(32, 256).bfloat16(), torch.randn(1024, 256).bfloat16()
+    with Threads(2):
+        arithmetic = choose_arithmetic(torch.bfloat16, torch.device("cpu"))
+        before = arithmetic.linear(x_TH, weight_NH)
+        with_helpers = set(os.listdir("/proc/self/task"))
+        release_helpers()
+        wait_until(lambda: bool(with_helpers - set(os.listdir("/proc/self/task"))), "a helper ended")
+        assert same_bits(arithmetic.linear(x_TH, weight_NH), before)

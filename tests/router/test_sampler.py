@@ -21,7 +21,7 @@ from router.engine.draw import Draw
 from router.engine.largest import largest
 from router.engine.logprobs import logprobs
 from router.engine.request import SamplingParams
-from router.engine.sampler import sample, uniform
+from router.engine.sampler import argmax, sample, uniform
 
 VOCAB = 70
 """Three words of a mask, the last of them not full."""
@@ -203,6 +203,24 @@ def test_temperature_zero_takes_the_largest_and_the_smallest_id_of_a_tie(dtype: 
         flat[:, first:] = 2.0
         flat[:, :first] = 1.0
         assert sample(flat, [draw(temperature=0.0)] * 3) == [first] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_is_that_of_torch_for_numbers_of_all_kinds(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    odd = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 1.0, -1.0, 3e38, 1e-40, -1e-40])
+    chosen = odd[torch.randint(len(odd), (300, 40), generator=generator)]
+    usual = torch.randn(300, 40, generator=generator).round(decimals=1)
+    mixed = torch.where(torch.rand(300, 40, generator=generator) < 0.1, chosen, usual)
+    positive = mixed.nan_to_num(0.5).abs() + 0.1
+    for some in (mixed, positive, -positive, torch.cat([positive, mixed[:1]])):
+        logits_SV = some.to(dtype)
+        expected_S, place_S = logits_SV.max(dim=-1)
+        found_S, chosen_S = argmax(logits_SV)
+        assert torch.equal(found_S.nan_to_num(7.0), expected_S.nan_to_num(7.0))
+        fine_S = expected_S.isfinite()
+        assert torch.equal(chosen_S[fine_S], place_S[fine_S])
+        assert torch.equal(found_S.isfinite(), fine_S)
 
 
 def test_plain_greedy_rows_are_the_ones_that_ask_for_nothing() -> None:
