@@ -19,6 +19,7 @@ from cluster.on_ray.find import ControllerFinder, node_address
 from cluster.topology import Role, needs
 from cluster.version import herd_version
 from experts.errors import RouterLost
+from experts.sudden_end import close_sockets_first
 
 HEALTH_EVERY_S = 1.0
 HEALTH_TIMEOUT_S = 30.0
@@ -34,6 +35,7 @@ class Router:
         # Imported where it is used: an ingress has no use for torch.
         from cluster.router_process import RouterProcess
 
+        close_sockets_first()
         node = node_address(settings)
         finder = _finder(settings)
         self._process = RouterProcess(settings, name=_replica_name("router"), node=node, bind=node, resolve=finder)
@@ -54,6 +56,7 @@ class Ingress:
     application."""
 
     def __init__(self, settings: ServeSettings, routers: Any) -> None:
+        close_sockets_first()
         node = node_address(settings)
         self._process = IngressProcess(
             settings,

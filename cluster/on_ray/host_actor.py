@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 from cluster.config import ServeSettings
 from cluster.on_ray.find import ControllerFinder, node_address
 from experts.errors import HerdError
+from experts.sudden_end import close_sockets_first
 
 RETRY_AFTER_S = 5.0
 KILL_TIMEOUT_S = 10.0
@@ -37,6 +38,7 @@ class HostActor:
     def _live(self) -> None:
         from cluster.host_process import HostProcess, tell_failure
 
+        close_sockets_first()
         node = node_address(self._settings)
         resolve = ControllerFinder(self._settings)
         try:
