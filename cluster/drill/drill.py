@@ -92,8 +92,7 @@ class Drill:
     async def _fault(self, kind: Kind, draw: random.Random) -> Fault:
         """One fault, from the blow until the cluster is whole again."""
         before = await asyncio.to_thread(self.ask)
-        at, wall = time.perf_counter(), time.time()
-        injection = await asyncio.to_thread(inject, kind, before, self.cut, draw)
+        injection, at, wall = await asyncio.to_thread(self._strike, kind, before, draw)
         try:
             await asyncio.sleep(injection.lasts_s)
         finally:
@@ -110,6 +109,11 @@ class Drill:
             end=time.perf_counter(),
             noticed={name: None if when is None else at + when - wall for name, when in seen.items()},
         )
+
+    def _strike(self, kind: Kind, status: ClusterStatus, draw: random.Random) -> tuple[Injection, float, float]:
+        """Also when: an instant before, on the clocks of streams and of routers."""
+        at, wall = time.perf_counter(), time.time()
+        return inject(kind, status, self.cut, draw), at, wall
 
     def _noticed(self, injection: Injection, status: ClusterStatus, wall: float) -> dict[str, float | None]:
         return {host: noticed(status, host, wall) for host in injection.hosts}
