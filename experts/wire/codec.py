@@ -9,6 +9,7 @@ Shape letters: T rows, H hidden size.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
 import warnings
@@ -20,6 +21,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from experts.errors import BadFrame, DeadlinePassed, HostFailed, NotHosted, TransportError
+from experts.kernels.crc32 import Bytes
 from experts.link_terms import LinkTerms
 from experts.placement import ExpertKey
 from experts.transport.base import Segment, Shipment
@@ -112,7 +114,7 @@ def encode_shipment(seq: int, shipment: Shipment, remaining_s: float) -> bytes:
     for the answer, but its coming tells that the host is alive."""
     if remaining_s <= 0:
         return join(Header(Kind.SHIPMENT, seq=seq, epoch=shipment.epoch))
-    rows_TH = shipment.rows_TH
+    rows_TH = shipment.rows_TH.contiguous()
     header = Header(
         Kind.SHIPMENT,
         seq=seq,
@@ -143,6 +145,7 @@ def decode_shipment(frame: Frame, terms: LinkTerms, peer: str) -> Shipment:
 
 def encode_result(incarnation: int, asked: Header, y_TH: torch.Tensor) -> bytes:
     """The answer of the life `incarnation` of a host to the shipment with the header `asked`."""
+    y_TH = y_TH.contiguous()
     header = Header(
         Kind.RESULT,
         incarnation=incarnation,
@@ -222,10 +225,10 @@ def _decode_part(frame: Frame, message_type: type[Part], peer: str) -> Part:
         raise BadFrame(peer, f"an unreadable {message_type.DESCRIPTOR.name}") from error
 
 
-def _bytes_of(x_TH: torch.Tensor) -> memoryview:
-    """The memory of `x_TH`. numpy knows no bfloat16, so it sees plain bytes."""
-    view: memoryview = x_TH.contiguous().view(-1).view(torch.uint8).numpy().data
-    return view
+def _bytes_of(rows_TH: torch.Tensor) -> Bytes:
+    """Where they lie in memory: no longer than `rows_TH`."""
+    assert rows_TH.is_contiguous() and rows_TH.device.type == "cpu"
+    return (ctypes.c_char * rows_TH.nbytes).from_address(rows_TH.data_ptr())
 
 
 def _decode_rows(frame: Frame, terms: LinkTerms, peer: str) -> torch.Tensor:

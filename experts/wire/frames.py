@@ -8,10 +8,10 @@ from __future__ import annotations
 import struct
 import zlib
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from experts.errors import BadFrame
-from experts.kernels.crc32 import crc32
+from experts.kernels.crc32 import Bytes, crc32
 
 MAGIC = b"HERD"
 HEADER_BYTES = 64
@@ -55,11 +55,12 @@ class Frame(NamedTuple):
 
     def rows_are_sound(self) -> bool:
         """Whether the rows are those that were sent."""
-        return crc32(self.rows) == self.rows_checksum
+        whole = cast(bytes, self.rows.obj)  # The message, which ends with the rows.
+        return crc32(whole, len(whole) - len(self.rows)) == self.rows_checksum
 
 
-def join(header: Header, part: bytes = b"", rows: bytes | memoryview = b"") -> bytes:
-    """The frame of `header`, `part` and `rows` (its items bytes), which begin on a multiple of 16 bytes."""
+def join(header: Header, part: bytes = b"", rows: Bytes = b"") -> bytes:
+    """The frame of `header`, `part` and `rows`, which begin on a multiple of 16 bytes."""
     kind, incarnation, seq, epoch, deadline_ms, dtype, num_rows, hidden_size = header
     fields = _FIELDS.pack(
         MAGIC, kind, dtype, 0, incarnation, seq, epoch, deadline_ms, num_rows, hidden_size, len(part), crc32(rows)
