@@ -13,7 +13,8 @@ from cluster.config import ServeSettings
 from cluster.control.grpc_server import ControlServer, Executor, Listener
 from cluster.control.journal import JournalFile
 from cluster.control.pack import pack
-from cluster.control.state import Journal, Replicas
+from cluster.control.replicas import Replicas
+from cluster.control.state import Journal
 from cluster.metrics import MetricsPage, controller_families
 from cluster.run_file import RunFile, prepare_state_dir, run_file_path, state_dirs, write_run_file
 from experts.config import load_config

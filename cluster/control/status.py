@@ -32,8 +32,8 @@ def status_of(state: ControllerState, name: str, controller: ControllerInfo) -> 
     """Everything, with the numbers of the last reports. `controller` carries what only the process knows."""
     members = [member.report for _, member in sorted(state.members.items())]
     here = [host for name, host in state.hosts.items() if name not in state.journal.away]
-    wanted = sum(len(host.target) for host in here)
-    held = sum(len(_held(host) & host.target) for host in here)
+    wanted = sum(len(host.duty) for host in here)
+    held = sum(len(_held(host) & host.duty) for host in here)
     hosts = [host_info(host_name, host) for host_name, host in state.hosts.items()]
     inner = [report.inner_host for report in members if report.inner_host is not None]
     return ClusterStatus(
@@ -53,9 +53,9 @@ def host_info(name: str, host: HostState) -> HostInfo:
     """A wanted host; with nothing but its name while it has never reported."""
     report = host.report
     if report is None:
-        return HostInfo(name=name, incarnation=0, address="", slots_target=len(host.target))
+        return HostInfo(name=name, incarnation=0, address="", slots_target=len(host.duty))
     return replace(
-        _inner_host_info(report), state=host_phase(host), slots=len(_held(host)), slots_target=len(host.target)
+        _inner_host_info(report), state=host_phase(host), slots=len(_held(host)), slots_target=len(host.duty)
     )
 
 
@@ -63,7 +63,7 @@ def host_phase(host: HostState) -> str:
     """loading, ready or lost."""
     if host.lost:
         return "lost"
-    return "ready" if host.report is not None and host.target <= host.report.held else "loading"
+    return "ready" if host.report is not None and host.duty <= host.report.held else "loading"
 
 
 def router_info(report: MemberReport) -> RouterInfo:

@@ -193,8 +193,8 @@ class Invariants:
             for host in set(hosts) - set(placement.hosts_of(key)):
                 one = state.hosts[host]
                 unheard = one.report is None and not heard_out
-                whole = one.report is not None and key in one.target <= one.report.held
-                if unheard or (whole and not one.lost and host in state.wanted[key]):
+                whole = one.report is not None and key in one.duty <= one.report.held
+                if unheard or (whole and not one.lost):
                     self.violated(f"epoch {placement.epoch} takes {key} from {host}, which may still hold it")
 
     def sees(self, process: str, view: ClusterView) -> None:
