@@ -149,3 +149,29 @@ class ClusterStatus:
     draining: bool = False
     problems: tuple[str, ...] = ()
     placement: PlacementStatus = field(default_factory=PlacementStatus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppliedPlan:
+    """A plan that was applied `age_s` ago, while the placement was that of `epoch`. Balances are mean over slowest
+    host, of the worst layer that it changed; None where nobody knows."""
+
+    age_s: float
+    epoch: int
+    loads: int
+    moved_bytes: int
+    before: float | None
+    predicted: float | None
+    realised: float | None
+    took_s: float | None
+    why: str
+    is_undone: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedRows:
+    """Rows of every expert that one life of a host has computed."""
+
+    host: str
+    incarnation: int
+    rows: Mapping[ExpertKey, int]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import os
 import threading
@@ -20,35 +21,53 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 
 from cluster.control.core import start, step
+from cluster.control.explain import as_json, as_text
+from cluster.control.fleet import Load
 from cluster.control.journal import JournalFile
+from cluster.control.load_source import LoadSource, ReportedLoad
+from cluster.control.loop import Applied
+from cluster.control.plan import difference
 from cluster.control.state import (
+    Alarmed,
+    Asked,
     ControllerState,
     DrainAsked,
     Effect,
     EnsureHost,
     Event,
+    HostDrainAsked,
     HostGone,
     HostReported,
     Journal,
     Leave,
+    LoadRead,
     MemberReported,
+    MoveAsked,
+    PlanAsked,
     PublishView,
+    RollbackAsked,
     SendOrder,
+    Steering,
+    TargetAsked,
     Tick,
     Timing,
     WriteJournal,
 )
 from cluster.control.status import status_of
+from cluster.control.steer import preview
+from cluster.control.trust import doubt_load
 from experts.errors import InvalidInput
 from experts.grpc_control import MAX_MESSAGE_BYTES
-from experts.reports import ClusterStatus, ControllerInfo, HostOrder
+from experts.reports import AppliedPlan, ClusterStatus, ControllerInfo, CountedRows, HostOrder
 from experts.tls import Identity
 from experts.transport.grpc_options import server_options
 from experts.transport.grpc_security import listen
 from experts.wire import control_pb2 as pb
 from experts.wire.control_pb2_grpc import ControlServiceServicer, add_ControlServiceServicer_to_server
+from experts.wire.placing import counted_to_wire, plan_to_wire, rates_from_wire, refusal_to_wire, replicas_from_wire
 from experts.wire.view import (
     host_report_from_wire,
+    keys_to_wire,
     member_report_from_wire,
     order_to_wire,
     status_to_wire,
@@ -56,6 +75,8 @@ from experts.wire.view import (
 )
 
 TICK_S = 0.25
+TURN_S = 1.0
+"""Between turns of the control loop; hosts report as often."""
 MAX_CUT_MS = 60_000
 HEARTBEAT_S = 2.0
 START_TIMEOUT_S = 30.0
@@ -101,9 +122,12 @@ class ControlServer:
         listener: Listener,
         node: str = "",
         timing: Timing | None = None,
+        steering: Steering | None = None,
+        load: LoadSource | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`fresh` is the journal of a first life; what lies on disk counts only if its digest is the same."""
+        """`fresh` is the journal of a first life; what lies on disk counts only if its digest is the same. `load` is
+        where experts' load is read; None: what hosts report."""
         self._name = name
         self._file = journal
         self._executor = executor
@@ -114,6 +138,8 @@ class ControlServer:
         self._journal = left if left is not None and left.digest == fresh.digest else _above(fresh, left)
         self._hosts = hosts
         self._timing = timing
+        self._steering = steering
+        self._load = load or ReportedLoad()
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="control-work")
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._address: Future[str] = Future()
@@ -159,18 +185,21 @@ class ControlServer:
         server = grpc.aio.server(options=server_options(MAX_MESSAGE_BYTES))
         port = self._bind(server)
         info = replace(self._info, address=f"{self._listener.advertise}:{port}")
-        state, effects = start(replace(self._journal, port=port), self._hosts, self._clock(), self._timing)
+        journal = replace(self._journal, port=port)
+        state, effects = start(journal, self._hosts, self._clock(), self._timing, self._steering)
         core = _Core(self._name, state, info, self._file, self._executor, self._pool, self._clock)
         core.carry_out(effects)
         add_ControlServiceServicer_to_server(core, server)
         await server.start()
         self._core = core
+        turns = asyncio.create_task(core.turn_for_ever(self._load))
         ticks = asyncio.create_task(core.tick_for_ever())
         self._address.set_result(info.address)
         try:
             await self._stop.wait()
         finally:
             ticks.cancel()
+            turns.cancel()
             await server.stop(grace=0.5)
 
     def _bind(self, server: grpc.aio.Server) -> int:
@@ -219,6 +248,19 @@ class _Core(ControlServiceServicer):
             self._feed(Tick())
             await asyncio.sleep(TICK_S)
 
+    async def turn_for_ever(self, source: LoadSource) -> None:
+        """Turns of the control loop, for which the load may have to be read over a network."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(TURN_S)
+            try:
+                load = await loop.run_in_executor(self._pool, source.read, self._state, self._clock())
+            except Exception:
+                # Not to know the load is no reason to stop.
+                log.exception("the load could not be read")
+                load = None
+            self._feed(LoadRead(load=load))
+
     def carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
@@ -233,6 +275,8 @@ class _Core(ControlServiceServicer):
                         self._hosts[stream].put(order_to_wire(order))
                 case EnsureHost(name=name):
                     self._work(f"starting host {name}", self._executor.ensure_host, name)
+                case Alarmed(text=text):
+                    log.warning("placement: %s", text)
                 case Leave(reason=reason):
                     log.warning("leaving: %s", reason)
                     self._work("leaving", self._executor.leave)
@@ -282,12 +326,57 @@ class _Core(ControlServiceServicer):
         outbox = self._hosts.get(host.stream) if host is not None and host.stream is not None else None
         if host is not None and outbox is not None:
             # With its target, because an order that it had not read yet is replaced by this one.
-            order = order_to_wire(HostOrder(target=host.target))
+            order = order_to_wire(host.ordered or HostOrder(target=host.target))
             order.cut_ms = min(request.ms, MAX_CUT_MS)
             outbox.put(order)
             return pb.CutResponse()
         await context.abort(grpc.StatusCode.NOT_FOUND, f"no host {request.host!r} is here")
         raise AssertionError("abort does not return")
+
+    async def Plan(self, request: pb.PlanRequest, context: Any) -> pb.PlanResponse:
+        now = self._clock()
+        try:
+            load = self._load_of(request)
+            made = preview(self._state, load, now)
+            if request.apply:
+                self._feed(PlanAsked(load=load))
+        except InvalidInput as error:
+            return pb.PlanResponse(refusal=refusal_to_wire(error))
+        return pb.PlanResponse(text=as_text(made), json=json.dumps(as_json(made)))
+
+    async def Place(self, request: pb.PlaceRequest, context: Any) -> pb.PlaceResponse:
+        before = self._state.moving.goal
+        try:
+            self._feed(_asked(request))
+        except InvalidInput as error:
+            return pb.PlaceResponse(refusal=refusal_to_wire(error))
+        loads, _ = difference(before, self._state.moving.goal)
+        return pb.PlaceResponse(loads=len(loads), epoch=self._state.journal.epoch)
+
+    async def History(self, request: pb.HistoryRequest, context: Any) -> pb.HistoryResponse:
+        now = self._clock()
+        return pb.HistoryResponse(plans=[plan_to_wire(_told(one, now)) for one in self._state.journal.history])
+
+    async def Rows(self, request: pb.RowsRequest, context: Any) -> pb.RowsResponse:
+        reports = [host.report for host in self._state.hosts.values() if host.report is not None]
+        counted = [CountedRows(host=one.name, incarnation=one.incarnation, rows=one.rows) for one in reports]
+        return pb.RowsResponse(
+            hosts=[counted_to_wire(one) for one in counted], experts=keys_to_wire(self._state.moving.goal)
+        )
+
+    def _load_of(self, request: pb.PlanRequest) -> Load | None:
+        """The load that a command brings along. Raises InvalidInput."""
+        if not request.load:
+            return None
+        try:
+            rows = rates_from_wire(request.load)
+        except ValueError:
+            raise InvalidInput("load", "rows", "must be as many as experts") from None
+        load = Load(at=self._clock(), rows=rows)
+        doubt = doubt_load(load, self._state.moving.goal, load.at, 1.0)
+        if doubt:
+            raise InvalidInput("load", doubt, "must be of every expert that the model has")
+        return load
 
     async def Shutdown(self, request: pb.ShutdownRequest, context: Any) -> pb.ShutdownResponse:
         self._work("leaving", self._executor.leave)
@@ -364,6 +453,40 @@ async def _attended(
 async def _read(requests: AsyncIterator[Any], take: Callable[[Any], None]) -> None:
     async for message in requests:
         take(message)
+
+
+def _asked(request: pb.PlaceRequest) -> Asked:
+    """Raises InvalidInput."""
+    match request.WhichOneof("what"):
+        case "move":
+            move = request.move
+            return MoveAsked(key=(move.layer, move.expert), to=move.to)
+        case "drain_host":
+            return HostDrainAsked(name=request.drain_host)
+        case "placement":
+            try:
+                return TargetAsked(replicas=replicas_from_wire(request.placement))
+            except ValueError as error:
+                raise InvalidInput("plan", str(error), "must name its hosts") from None
+        case "rollback":
+            rollback = request.rollback
+            return RollbackAsked(epoch=rollback.epoch if rollback.HasField("epoch") else None)
+    raise InvalidInput("request", "nothing", "must ask for something that this controller knows")
+
+
+def _told(applied: Applied, now: float) -> AppliedPlan:
+    return AppliedPlan(
+        age_s=now - applied.at,
+        epoch=applied.epoch,
+        loads=applied.loads,
+        moved_bytes=applied.moved_bytes,
+        before=applied.before,
+        predicted=applied.predicted,
+        realised=applied.realised,
+        took_s=applied.took_s,
+        why=applied.why,
+        is_undone=applied.is_undone,
+    )
 
 
 async def _call(function: Callable[[], ClusterStatus]) -> ClusterStatus:

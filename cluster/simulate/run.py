@@ -86,6 +86,8 @@ def _live(cluster: SimulatedCluster, seed: int) -> None:
         cluster.expect(asked)
     for fault in drawn.faults:
         cluster.suffer(fault)
+    for wished in drawn.wishes:
+        cluster.grant(wished)
     world.run(FAULTS_END_S)
     world.note("faults", "are over")
     hosts, routers = cluster.heal(random.Random(f"core {seed}"))
