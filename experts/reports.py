@@ -123,6 +123,7 @@ class PlacementStatus:
 
     rebalances: bool = False
     held_by: str = ""
+    is_moving: bool = False
     loading: int = 0
     draining: int = 0
     loaded_total: int = 0

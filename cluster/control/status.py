@@ -65,6 +65,7 @@ def placement_of(state: ControllerState) -> PlacementStatus:
     return PlacementStatus(
         rebalances=state.steering.rebalances,
         held_by=_held_by(state),
+        is_moving=not state.moving.is_done or bool(state.journal.draining & state.hosts.keys()),
         loading=len(state.moving.loading),
         draining=len(state.moving.draining),
         loaded_total=state.num_loaded,

@@ -9,6 +9,7 @@ from functools import partial
 
 from cluster.control.fleet import Load
 from cluster.control.pack import pack
+from cluster.control.plan import Policy
 from cluster.control.state import Asked as ByPersons
 from cluster.control.state import (
     HostDrainAsked,
@@ -64,6 +65,11 @@ class SimulatedCluster:
             hosts=drawn.hosts,
             num_replicas=drawn.num_replicas,
         )
+        self._steering = Steering(
+            num_replicas=drawn.num_replicas,
+            extra_slots=drawn.extra_slots,
+            policy=Policy(min_replicas=drawn.num_replicas),
+        )
         self._disk = Disk(Journal(digest="simulated", target=target))
 
     def start(self) -> None:
@@ -101,7 +107,7 @@ class SimulatedCluster:
             self._disk,
             self.drawn.hosts,
             Timing(rehome=self.drawn.rehome_s),
-            Steering(num_replicas=self.drawn.num_replicas, extra_slots=self.drawn.extra_slots),
+            self._steering,
             self._ensure_host,
             self.invariants.publishes,
         )

@@ -272,7 +272,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("name", "controller", "ingresses", "routers", "hosts", "replicas_held", "replicas_wanted", "draining", "problems")
+    __slots__ = ("name", "controller", "ingresses", "routers", "hosts", "replicas_held", "replicas_wanted", "draining", "problems", "placement")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONTROLLER_FIELD_NUMBER: _ClassVar[int]
     INGRESSES_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +282,7 @@ class StatusResponse(_message.Message):
     REPLICAS_WANTED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     controller: Controller
     ingresses: _containers.RepeatedCompositeFieldContainer[Ingress]
@@ -291,7 +292,30 @@ class StatusResponse(_message.Message):
     replicas_wanted: int
     draining: bool
     problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., controller: _Optional[_Union[Controller, _Mapping]] = ..., ingresses: _Optional[_Iterable[_Union[Ingress, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[Router, _Mapping]]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ..., replicas_held: _Optional[int] = ..., replicas_wanted: _Optional[int] = ..., draining: _Optional[bool] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    placement: PlacementStatus
+    def __init__(self, name: _Optional[str] = ..., controller: _Optional[_Union[Controller, _Mapping]] = ..., ingresses: _Optional[_Iterable[_Union[Ingress, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[Router, _Mapping]]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ..., replicas_held: _Optional[int] = ..., replicas_wanted: _Optional[int] = ..., draining: _Optional[bool] = ..., problems: _Optional[_Iterable[str]] = ..., placement: _Optional[_Union[PlacementStatus, _Mapping]] = ...) -> None: ...
+
+class PlacementStatus(_message.Message):
+    __slots__ = ("rebalances", "held_by", "is_moving", "loading", "draining", "loaded_total", "given_up_total", "predicted", "realised")
+    REBALANCES_FIELD_NUMBER: _ClassVar[int]
+    HELD_BY_FIELD_NUMBER: _ClassVar[int]
+    IS_MOVING_FIELD_NUMBER: _ClassVar[int]
+    LOADING_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LOADED_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_UP_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FIELD_NUMBER: _ClassVar[int]
+    REALISED_FIELD_NUMBER: _ClassVar[int]
+    rebalances: bool
+    held_by: str
+    is_moving: bool
+    loading: int
+    draining: int
+    loaded_total: int
+    given_up_total: int
+    predicted: float
+    realised: float
+    def __init__(self, rebalances: _Optional[bool] = ..., held_by: _Optional[str] = ..., is_moving: _Optional[bool] = ..., loading: _Optional[int] = ..., draining: _Optional[int] = ..., loaded_total: _Optional[int] = ..., given_up_total: _Optional[int] = ..., predicted: _Optional[float] = ..., realised: _Optional[float] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()

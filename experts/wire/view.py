@@ -11,7 +11,16 @@ from math import isfinite
 from types import MappingProxyType
 
 from experts.placement import ClusterView, ComputeCost, ExpertKey, HostInfo, IngressInfo, Placement, RouterInfo
-from experts.reports import ClusterStatus, ControllerInfo, HostOrder, HostReport, MemberKind, MemberReport, Peer
+from experts.reports import (
+    ClusterStatus,
+    ControllerInfo,
+    HostOrder,
+    HostReport,
+    MemberKind,
+    MemberReport,
+    Peer,
+    PlacementStatus,
+)
 from experts.wire import control_pb2 as pb
 
 _KIND_TO_WIRE = {
@@ -211,6 +220,17 @@ def status_to_wire(status: ClusterStatus) -> pb.StatusResponse:
         replicas_wanted=status.replicas_wanted,
         draining=status.draining,
         problems=status.problems,
+        placement=pb.PlacementStatus(
+            rebalances=status.placement.rebalances,
+            held_by=status.placement.held_by,
+            is_moving=status.placement.is_moving,
+            loading=status.placement.loading,
+            draining=status.placement.draining,
+            loaded_total=status.placement.loaded_total,
+            given_up_total=status.placement.given_up_total,
+            predicted=status.placement.predicted,
+            realised=status.placement.realised,
+        ),
     )
 
 
@@ -234,6 +254,22 @@ def status_from_wire(message: pb.StatusResponse) -> ClusterStatus:
         replicas_wanted=message.replicas_wanted,
         draining=message.draining,
         problems=tuple(message.problems),
+        placement=_placing_from_wire(message.placement),
+    )
+
+
+def _placing_from_wire(message: pb.PlacementStatus) -> PlacementStatus:
+    """What commands need of it; numbers by expert stay with the controller."""
+    return PlacementStatus(
+        rebalances=message.rebalances,
+        held_by=message.held_by,
+        is_moving=message.is_moving,
+        loading=message.loading,
+        draining=message.draining,
+        loaded_total=message.loaded_total,
+        given_up_total=message.given_up_total,
+        predicted=message.predicted if message.HasField("predicted") else None,
+        realised=message.realised if message.HasField("realised") else None,
     )
 
 
