@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from cluster.control.asked import ask
 from cluster.control.load_source import count
+from cluster.control.moves import to_hold
 from cluster.control.pack import spread
 from cluster.control.replicas import Replicas
 from cluster.control.state import (
@@ -61,7 +62,7 @@ def start(
     moving = journal.moves or started(journal.target)
     journal = replace(journal, term=journal.term + 1, moves=moving)
     patience = 0.0 if first_life else timing.lost_after
-    needed = {name for names in (*moving.goal.values(), *moving.published.values()) for name in names}
+    needed = {name for names in (*moving.goal.values(), *to_hold(moving).values()) for name in names}
     names = [name for name in hosts if name in needed or name not in journal.draining]
     journal = replace(journal, away=journal.away & frozenset(names))
     nothing: frozenset[ExpertKey] = frozenset()

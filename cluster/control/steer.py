@@ -47,6 +47,8 @@ def advance(state: ControllerState, now: float, effects: list[Effect]) -> Contro
     if state.moving.is_done:
         return state
     for event in (*_heard(state), TimePassed()):
+        if isinstance(event, Loaded):
+            state = _serves(state, event.replica)
         state = move(state, event, now, effects)
     return state
 
@@ -231,6 +233,15 @@ def _heard(state: ControllerState) -> Iterator[MoveEvent]:
     for key, name in state.moving.loading:
         if name in heard and key in heard[name].failed:
             yield NotLoaded(replica=(key, name), why=heard[name].problem)
+
+
+def _serves(state: ControllerState, replica: Replica) -> ControllerState:
+    """A host that has been given back what it had still has it, however little it had to hold when it told so."""
+    key, name = replica
+    host = state.hosts[name]
+    if key in host.serving:
+        return state
+    return replace(state, hosts=MappingProxyType({**state.hosts, name: replace(host, serving=host.serving | {key})}))
 
 
 def _reachable(state: ControllerState) -> Replicas:
