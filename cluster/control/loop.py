@@ -166,7 +166,7 @@ def _realise(state: LoopState, load: Load | None, fleet: Fleet, policy: Policy, 
     if not state.history or state.history[-1].realised is not None or not state.moving.is_done:
         return state
     published = state.moving.published
-    if load is None or doubt_load(load, published, now, policy.max_age_s):
+    if load is None or doubt_load(load, published, now, policy.max_age_s) or not any(load.rows.values()):
         return state
     realised = 1.0 / max(imbalances(load, fleet, published).values(), default=1.0)
     last = replace(state.history[-1], realised=realised, took_s=now - state.history[-1].at)

@@ -303,12 +303,14 @@ class SimulatedCluster:
 
     def _core(self, rng: random.Random) -> tuple[list[str], list[str]]:
         """One router, and as few hosts as hold every expert."""
-        moves = self._disk.read().moves
+        journal = self._disk.read()
+        moves = journal.moves
         assert moves is not None
+        placements = (journal.target, moves.goal, moves.published)
         hosts = list(self.drawn.hosts)
         for name in rng.sample(hosts, len(hosts)):
             rest = set(hosts) - {name}
-            if all(rest & set(names) for names in (*moves.goal.values(), *moves.published.values())):
+            if all(rest & set(names) for placement in placements for names in placement.values()):
                 hosts.remove(name)
         return hosts, [rng.choice(self.drawn.routers)]
 
