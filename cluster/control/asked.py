@@ -19,7 +19,7 @@ from cluster.control.state import (
     RollbackAsked,
     TargetAsked,
 )
-from cluster.control.steer import aim, expert_bytes, fleet_of, preview, take_turn
+from cluster.control.steer import aim, cooling, expert_bytes, fleet_of, preview, take_turn
 from experts.errors import InvalidInput
 from experts.placement import ExpertKey
 
@@ -34,7 +34,11 @@ def ask(state: ControllerState, event: Asked, now: float, effects: list[Effect])
     match event:
         case PlanAsked(load=load):
             made = preview(state, load, now)
-            return _apply(state, made.target, f"asked for: {made.why}", now, effects, made) if made.is_change else state
+            if not made.is_change:
+                return state
+            # By the measured load, the loop would have come to the same.
+            kept_s = 0.0 if load is None else KEPT_S
+            return _apply(state, made.target, f"asked for: {made.why}", now, effects, made, kept_s)
         case TargetAsked(replicas=target):
             _check_target(state, target)
             return _apply(state, target, "a plan that was handed in", now, effects)
@@ -47,10 +51,16 @@ def ask(state: ControllerState, event: Asked, now: float, effects: list[Effect])
 
 
 def _apply(
-    state: ControllerState, target: Replicas, why: str, now: float, effects: list[Effect], made: Plan | None = None
+    state: ControllerState,
+    target: Replicas,
+    why: str,
+    now: float,
+    effects: list[Effect],
+    made: Plan | None = None,
+    kept_s: float = KEPT_S,
 ) -> ControllerState:
     state = _remembered(state, target, why, now, made)
-    journal = replace(state.journal, kept_until=now + KEPT_S)
+    journal = replace(state.journal, kept_until=max(state.journal.kept_until, now + kept_s))
     return aim(replace(state, journal=journal), target, now, effects)
 
 
@@ -72,7 +82,8 @@ def _remembered(
         is_undone=is_undone,
     )
     history = (*state.journal.history, applied)[-HISTORY:]
-    return replace(state, journal=replace(state.journal, history=history), plan=made or state.plan)
+    state = replace(state, journal=replace(state.journal, history=history), plan=made or state.plan)
+    return replace(state, planning=cooling(state))
 
 
 def _balance(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 import os
 import threading
@@ -21,53 +20,40 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 
 from cluster.control.core import start, step
-from cluster.control.explain import as_json, as_text
-from cluster.control.fleet import Load
+from cluster.control.grpc_commands import Commands
 from cluster.control.journal import JournalFile
 from cluster.control.load_source import LoadSource, ReportedLoad
-from cluster.control.loop import Applied
-from cluster.control.plan import difference
 from cluster.control.state import (
     Alarmed,
-    Asked,
     ControllerState,
     DrainAsked,
     Effect,
     EnsureHost,
     Event,
-    HostDrainAsked,
     HostGone,
     HostReported,
     Journal,
     Leave,
     LoadRead,
     MemberReported,
-    MoveAsked,
-    PlanAsked,
     PublishView,
-    RollbackAsked,
     SendOrder,
     Steering,
-    TargetAsked,
     Tick,
     Timing,
     WriteJournal,
 )
 from cluster.control.status import status_of
-from cluster.control.steer import preview
-from cluster.control.trust import doubt_load
 from experts.errors import InvalidInput
 from experts.grpc_control import MAX_MESSAGE_BYTES
-from experts.reports import AppliedPlan, ClusterStatus, ControllerInfo, CountedRows, HostOrder
+from experts.reports import ClusterStatus, ControllerInfo, HostOrder
 from experts.tls import Identity
 from experts.transport.grpc_options import server_options
 from experts.transport.grpc_security import listen
 from experts.wire import control_pb2 as pb
 from experts.wire.control_pb2_grpc import ControlServiceServicer, add_ControlServiceServicer_to_server
-from experts.wire.placing import counted_to_wire, plan_to_wire, rates_from_wire, refusal_to_wire, replicas_from_wire
 from experts.wire.view import (
     host_report_from_wire,
-    keys_to_wire,
     member_report_from_wire,
     order_to_wire,
     status_to_wire,
@@ -238,6 +224,7 @@ class _Core(ControlServiceServicer):
         self._members: dict[int, _Latest[pb.ClusterView]] = {}
         self._problems: dict[str, str] = {}
         self._view = pb.ClusterView()
+        self._commands = Commands(lambda: self._state, self._feed, clock)
 
     def status(self) -> ClusterStatus:
         status = status_of(self._state, self._name, self.info)
@@ -334,49 +321,16 @@ class _Core(ControlServiceServicer):
         raise AssertionError("abort does not return")
 
     async def Plan(self, request: pb.PlanRequest, context: Any) -> pb.PlanResponse:
-        now = self._clock()
-        try:
-            load = self._load_of(request)
-            made = preview(self._state, load, now)
-            if request.apply:
-                self._feed(PlanAsked(load=load))
-        except InvalidInput as error:
-            return pb.PlanResponse(refusal=refusal_to_wire(error))
-        return pb.PlanResponse(text=as_text(made), json=json.dumps(as_json(made)))
+        return self._commands.plan(request)
 
     async def Place(self, request: pb.PlaceRequest, context: Any) -> pb.PlaceResponse:
-        before = self._state.moving.goal
-        try:
-            self._feed(_asked(request))
-        except InvalidInput as error:
-            return pb.PlaceResponse(refusal=refusal_to_wire(error))
-        loads, _ = difference(before, self._state.moving.goal)
-        return pb.PlaceResponse(loads=len(loads), epoch=self._state.journal.epoch)
+        return self._commands.place(request)
 
     async def History(self, request: pb.HistoryRequest, context: Any) -> pb.HistoryResponse:
-        now = self._clock()
-        return pb.HistoryResponse(plans=[plan_to_wire(_told(one, now)) for one in self._state.journal.history])
+        return self._commands.history()
 
     async def Rows(self, request: pb.RowsRequest, context: Any) -> pb.RowsResponse:
-        reports = [host.report for host in self._state.hosts.values() if host.report is not None]
-        counted = [CountedRows(host=one.name, incarnation=one.incarnation, rows=one.rows) for one in reports]
-        return pb.RowsResponse(
-            hosts=[counted_to_wire(one) for one in counted], experts=keys_to_wire(self._state.moving.goal)
-        )
-
-    def _load_of(self, request: pb.PlanRequest) -> Load | None:
-        """The load that a command brings along. Raises InvalidInput."""
-        if not request.load:
-            return None
-        try:
-            rows = rates_from_wire(request.load)
-        except ValueError:
-            raise InvalidInput("load", "rows", "must be as many as experts") from None
-        load = Load(at=self._clock(), rows=rows)
-        doubt = doubt_load(load, self._state.moving.goal, load.at, 1.0)
-        if doubt:
-            raise InvalidInput("load", doubt, "must be of every expert that the model has")
-        return load
+        return self._commands.rows()
 
     async def Shutdown(self, request: pb.ShutdownRequest, context: Any) -> pb.ShutdownResponse:
         self._work("leaving", self._executor.leave)
@@ -453,40 +407,6 @@ async def _attended(
 async def _read(requests: AsyncIterator[Any], take: Callable[[Any], None]) -> None:
     async for message in requests:
         take(message)
-
-
-def _asked(request: pb.PlaceRequest) -> Asked:
-    """Raises InvalidInput."""
-    match request.WhichOneof("what"):
-        case "move":
-            move = request.move
-            return MoveAsked(key=(move.layer, move.expert), to=move.to)
-        case "drain_host":
-            return HostDrainAsked(name=request.drain_host)
-        case "placement":
-            try:
-                return TargetAsked(replicas=replicas_from_wire(request.placement))
-            except ValueError as error:
-                raise InvalidInput("plan", str(error), "must name its hosts") from None
-        case "rollback":
-            rollback = request.rollback
-            return RollbackAsked(epoch=rollback.epoch if rollback.HasField("epoch") else None)
-    raise InvalidInput("request", "nothing", "must ask for something that this controller knows")
-
-
-def _told(applied: Applied, now: float) -> AppliedPlan:
-    return AppliedPlan(
-        age_s=now - applied.at,
-        epoch=applied.epoch,
-        loads=applied.loads,
-        moved_bytes=applied.moved_bytes,
-        before=applied.before,
-        predicted=applied.predicted,
-        realised=applied.realised,
-        took_s=applied.took_s,
-        why=applied.why,
-        is_undone=applied.is_undone,
-    )
 
 
 async def _call(function: Callable[[], ClusterStatus]) -> ClusterStatus:

@@ -59,7 +59,7 @@ def resume_moves(state: ControllerState, now: float) -> ControllerState:
     known = state.moving.published.keys()
     held = {name: (_held(host) | host.duty) & known for name, host in state.hosts.items()}
     moving = resume(state.moving, held, now, state.steering.limits)
-    return _with_moving(replace(state, is_resumed=True, planning=_cooling(state)), moving)
+    return _with_moving(replace(state, is_resumed=True, planning=cooling(state)), moving)
 
 
 def take_turn(state: ControllerState, load: Load | None, now: float, effects: list[Effect]) -> ControllerState:
@@ -185,6 +185,17 @@ def down(state: ControllerState) -> frozenset[Replica]:
     )
 
 
+def cooling(state: ControllerState) -> PlanState:
+    """What the plans of the history added and removed stays so for a while."""
+    added: dict[Replica, float] = {}
+    removed: dict[Replica, float] = {}
+    for applied in state.journal.history:
+        for key, before, after in applied.changes:
+            added.update(((key, name), applied.at) for name in after if name not in before)
+            removed.update(((key, name), applied.at) for name in before if name not in after)
+    return replace(state.planning, added=MappingProxyType(added), removed=MappingProxyType(removed))
+
+
 def expert_bytes(state: ControllerState) -> int:
     reports = [host.report for host in state.hosts.values() if host.report is not None and host.report.held]
     return max((report.held_bytes // len(report.held) for report in reports), default=0) or 1
@@ -258,17 +269,6 @@ def _alarm(state: ControllerState, moved: Iterable[MoveEffect], now: float, effe
     effects += [Alarmed(text=text) for text in texts]
     alarms = (*state.alarms, *((now, text) for text in texts))[-MOST_ALARMS:]
     return replace(state, alarms=alarms, num_given_up=state.num_given_up + len(texts))
-
-
-def _cooling(state: ControllerState) -> PlanState:
-    """What the last life's plans added and removed stays so for a while."""
-    added: dict[Replica, float] = {}
-    removed: dict[Replica, float] = {}
-    for applied in state.journal.history:
-        for key, before, after in applied.changes:
-            added.update(((key, name), applied.at) for name in after if name not in before)
-            removed.update(((key, name), applied.at) for name in before if name not in after)
-    return replace(state.planning, added=MappingProxyType(added), removed=MappingProxyType(removed))
 
 
 def _costs(state: ControllerState, names: Iterable[str]) -> dict[str, tuple[float, float]]:
