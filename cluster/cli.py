@@ -65,6 +65,7 @@ def _parser(version: str) -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="serve a model folder over HTTP"))
     _add_check(commands.add_parser("check", help="say whether a model folder can be served; reads no weights"))
     _add_status(commands.add_parser("status", help="show the processes of a running cluster"))
+    _add_placing(commands)
     _add_drill(commands.add_parser("drill", help="break a running cluster on purpose, and judge what its users saw"))
     _add_make_tiny(commands.add_parser("make-tiny", help="write a tiny checkpoint with random weights"))
     _add_demo(commands.add_parser("demo", help="serve a tiny checkpoint, ask it, kill a host, ask again"))
@@ -79,6 +80,15 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("cluster").add_argument
     add("--hosts", metavar="N", help="expert hosts (1)")
     add("--replicas", metavar="R", help="hosts that hold each expert (1)")
+    add(
+        "--no-rebalance",
+        dest="rebalance",
+        action="store_const",
+        const=False,
+        help="leave experts where they are, whatever their load; herd plan and herd move still move them",
+    )
+    add("--rebalance", action="store_const", const=True, help="move and replicate experts by their load (the default)")
+    add("--extra-slots", metavar="N", help="room on every host for N more experts of each layer (0)")
     add("--routers", metavar="M", help="routers (1)")
     add("--ingresses", metavar="N", help="processes that answer HTTP, all on one port (2)")
     add("--transport", help="grpc: experts on hosts; local: experts inside each router (grpc)")
@@ -134,6 +144,21 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--control", metavar="ADDRESS", help="the controller's ip:port (default: the newest that runs)")
     _add_tls(parser.add_argument)
+
+
+def _add_placing(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from cluster.place import options
+
+    def where(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--control", metavar="ADDRESS", help="the controller's ip:port (the newest that runs)")
+        _add_tls(parser.add_argument)
+
+    options.add_plan(commands.add_parser("plan", help="plan where experts should be, and say why"), where)
+    options.add_move(commands.add_parser("move", help="move an expert to another host"), where)
+    options.add_drain(commands.add_parser("drain", help="empty a host and end it"), where)
+    options.add_apply(commands.add_parser("apply", help="bring experts where a plan says"), where)
+    options.add_rollback(commands.add_parser("rollback", help="undo the last plan, or all since an epoch"), where)
+    options.add_trace(commands.add_parser("trace", help="record the load of experts"), where)
 
 
 def _add_make_tiny(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,8 @@ class ServeSettings:
 
     `ingresses` listen on one port, so that clients are answered when one of them dies.
     `hosts` and `replicas` count for transport "grpc"; with "local" every router holds all experts itself.
+    `rebalance` lets the load of experts decide where they are and how often; `extra_slots` is room for so many more
+    experts of each layer on every host.
     `host_bind` is the address that expert hosts listen on, `host_advertise` the one that routers are told: an address,
     or "address:A-B" whose ports stand for those of `host_ports` one by one. Empty: the node's own address.
     `decode_stretch` bounds how many times as long a step of running streams gets by prompts beside it.
@@ -43,6 +45,8 @@ class ServeSettings:
     model_dir: Path
     hosts: int = 1
     replicas: int = 1
+    rebalance: bool = True
+    extra_slots: int = 0
     routers: int = 1
     ingresses: int = 2
     host: str = "127.0.0.1"
@@ -80,6 +84,7 @@ class ServeSettings:
         _between("routers", self.routers, 1, 1024)
         _between("ingresses", self.ingresses, 1, 64)
         _between("replicas", self.replicas, 1, self.hosts)
+        _between("extra-slots", self.extra_slots, 0, 4096)
         _between("port", self.port, 1, 65535)
         _between("control-port", self.control_port, 0, 65535)
         _between("max-batch-tokens", self.max_batch_tokens, 1, 1 << 20)
@@ -258,7 +263,7 @@ def _file(field: str, value: object) -> str:
 
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
     **dict.fromkeys(
-        ("hosts", "replicas", "routers", "ingresses", "port", "control_port", "max_model_len"),
+        ("hosts", "replicas", "extra_slots", "routers", "ingresses", "port", "control_port", "max_model_len"),
         _integer,
     ),
     **dict.fromkeys(("max_batch_tokens", "max_running", "max_waiting"), _integer),
@@ -267,6 +272,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "model_dir": _folder,
     "kv_memory": parse_size,
     "prefix_cache": _flag,
+    "rebalance": _flag,
     **dict.fromkeys(TLS_FILES, _file),
     "insecure_rows": _flag,
     "request_timeout_s": _number,

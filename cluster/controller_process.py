@@ -13,7 +13,9 @@ from cluster.config import ServeSettings
 from cluster.control.grpc_server import ControlServer, Executor, Listener
 from cluster.control.journal import JournalFile
 from cluster.control.pack import pack
-from cluster.control.state import Journal, Replicas
+from cluster.control.plan import Policy
+from cluster.control.replicas import Replicas
+from cluster.control.state import Journal, Steering
 from cluster.metrics import MetricsPage, controller_families
 from cluster.run_file import RunFile, prepare_state_dir, run_file_path, state_dirs, write_run_file
 from experts.config import load_config
@@ -39,6 +41,7 @@ class ControllerProcess:
             executor=executor,
             listener=Listener(bind=bind, advertise=node, port=settings.control_port, tls=settings.identity()),
             node=node,
+            steering=steering_of(settings),
         )
         self._metrics: MetricsPage | None = None
 
@@ -82,6 +85,16 @@ def plan_target(settings: ServeSettings) -> Replicas:
         return {}
     config = load_config(settings.model_dir)
     return pack(layers=config.moe_layers, num_experts=config.num_experts, hosts=hosts, num_replicas=settings.replicas)
+
+
+def steering_of(settings: ServeSettings) -> Steering:
+    """How experts are placed and moved."""
+    return Steering(
+        rebalances=settings.rebalance,
+        num_replicas=settings.replicas,
+        extra_slots=settings.extra_slots,
+        policy=Policy(min_replicas=settings.replicas),
+    )
 
 
 def journal_path(folder: Path, settings: ServeSettings, life_name: str) -> Path:

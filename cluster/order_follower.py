@@ -5,16 +5,31 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from experts.errors import HerdError
+from experts.ffn import ExpertWeights
 from experts.host import ExpertHost
 from experts.placement import ExpertKey
-from experts.reports import HostOrder
+from experts.reports import HostOrder, Peer
 from experts.threads import Threads
 
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 
 log = logging.getLogger(__name__)
+
+
+Fetch = Callable[[Peer, ExpertKey, float], ExpertWeights]
+"""An expert from another host, at so many bytes per second at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of order number `order`: what could not be loaded, and why in words; both empty when all is held."""
+
+    order: int = 0
+    failed: frozenset[ExpertKey] = frozenset()
+    problem: str = ""
 
 
 class OrderFollower:
@@ -27,17 +42,24 @@ class OrderFollower:
         *,
         on_progress: Callable[[], None],
         leave: Callable[[], None],
+        fetch: Fetch | None = None,
         threads: Threads = threading,
     ) -> None:
-        self.problem = ""
-        """Why an ordered expert is not held; empty while loading goes well."""
+        """`fetch` gets an expert from another host, and raises HerdError where that is not possible."""
+        self.result = Result()
         self._host = host
+        self._fetch = fetch
         self._on_progress = on_progress
         self._leave = leave
         self._order: HostOrder | None = None
         self._ordered = threads.Condition()
         self._stopping = False
         self._thread = threads.Thread(target=self._work, name="host-loader", daemon=True)
+
+    @property
+    def problem(self) -> str:
+        """Why an ordered expert is not held; empty while loading goes well."""
+        return self.result.problem
 
     def start(self) -> None:
         self._thread.start()
@@ -46,6 +68,11 @@ class OrderFollower:
         """Follow `order` from now on; from any thread."""
         with self._ordered:
             self._order = order
+            self._ordered.notify_all()
+
+    def look(self) -> None:
+        """What the host holds has changed: load what is missing of the order; from any thread."""
+        with self._ordered:
             self._ordered.notify_all()
 
     def stop(self) -> None:
@@ -63,7 +90,7 @@ class OrderFollower:
         while not self._stopping:
             with self._ordered:
                 order = self._order
-                if order is None or (self._host.held() == order.target and not order.retire):
+                if order is None or self._is_done(order):
                     if not self._stopping:
                         self._ordered.wait()
                     pause = FIRST_RETRY_S
@@ -74,10 +101,14 @@ class OrderFollower:
                 return
             self._follow(order)
             self._on_progress()
-            if self.problem:
+            if self.result.failed:
                 with self._ordered:
-                    self._ordered.wait(pause)
+                    if self._order is order:
+                        self._ordered.wait(pause)
                 pause = min(2 * pause, LAST_RETRY_S)
+
+    def _is_done(self, order: HostOrder) -> bool:
+        return self.result == Result(order=order.number) and self._host.held() == order.target and not order.retire
 
     def _follow(self, order: HostOrder) -> None:
         """Load, then evict; stop as soon as there is a newer order."""
@@ -86,14 +117,27 @@ class OrderFollower:
             if self._order is not order or self._stopping:
                 return
             try:
-                self._host.load(key)
+                self._load(order, key)
             except HerdError as error:
                 failures[key] = error
         for key in self._host.held() - order.target:
             self._host.evict(key)
-        self.problem = _summary(failures)
+        self.result = Result(order=order.number, failed=frozenset(failures), problem=_summary(failures))
         if failures:
             log.error("host %s: %s", self._host.name, self.problem)
+
+    def _load(self, order: HostOrder, key: ExpertKey) -> None:
+        """From the host that has it, if there is one; from disk where that fails. Raises HerdError."""
+        peer = order.peers.get(key)
+        if peer is not None and self._fetch is not None:
+            try:
+                self._host.put(key, self._fetch(peer, key, order.bytes_per_s))
+                return
+            except HerdError as error:
+                log.warning(
+                    "host %s: expert %d of layer %d comes from disk: %s", self._host.name, key[1], key[0], error
+                )
+        self._host.load(key)
 
 
 def _summary(failures: dict[ExpertKey, HerdError]) -> str:

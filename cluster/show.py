@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,32 @@ from cluster.run_file import read_run_files
 from experts.errors import ControllerUnreachable
 from experts.grpc_control import fetch_status
 from experts.reports import ClusterStatus
-from experts.tls import load_identity
+from experts.tls import Identity, load_identity
 
 TIMEOUT_S = 3.0
 RESTART_S = 4.0
 """A controller that was killed is back within this."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A controller that answered: where, to whom, and what it said."""
+
+    status: ClusterStatus
+    address: str
+    tls: Identity | None
+
+
 def find_status(
     control: str | None, folders: tuple[Path, ...], tls_files: tuple[str, str, str] = ("", "", "")
 ) -> ClusterStatus:
+    """What `find_controller` finds says."""
+    return find_controller(control, folders, tls_files).status
+
+
+def find_controller(
+    control: str | None, folders: tuple[Path, ...], tls_files: tuple[str, str, str] = ("", "", "")
+) -> Found:
     """Ask the controller at `control`, or the one of the newest run file in `folders` that answers.
 
     `tls_files`: certificate, key and CA; empty: those that the run file names. Raises ControllerUnreachable and
@@ -30,12 +46,13 @@ def find_status(
     """
     identity = load_identity(*tls_files)
     if control:
-        return fetch_status(control, TIMEOUT_S, identity)
+        return Found(status=fetch_status(control, TIMEOUT_S, identity), address=control, tls=identity)
     end = time.monotonic() + RESTART_S
     while files := list(read_run_files(folders)):
         for file in files:
             with contextlib.suppress(ControllerUnreachable):
-                return fetch_status(file.control, TIMEOUT_S, identity or file.identity())
+                tls = identity or file.identity()
+                return Found(status=fetch_status(file.control, TIMEOUT_S, tls), address=file.control, tls=tls)
         if time.monotonic() > end:
             break
         time.sleep(0.2)
@@ -54,6 +71,17 @@ def as_json(status: ClusterStatus) -> dict[str, Any]:
         "replicas_wanted": status.replicas_wanted,
         "draining": status.draining,
         "problems": list(status.problems),
+        "placement": {
+            "rebalances": status.placement.rebalances,
+            "held_by": status.placement.held_by,
+            "is_moving": status.placement.is_moving,
+            "loading": status.placement.loading,
+            "draining": status.placement.draining,
+            "loaded_total": status.placement.loaded_total,
+            "given_up_total": status.placement.given_up_total,
+            "predicted": status.placement.predicted,
+            "realised": status.placement.realised,
+        },
     }
 
 
@@ -76,8 +104,10 @@ def as_text(status: ClusterStatus) -> str:
     for host in status.hosts:
         held = f"{host.slots} of {host.slots_target} experts, {host.rows_total} rows"
         rows.append((host.name, host.node, str(host.pid), host.address or host.transport, host.state, held))
-    lines += _table(rows)
+    lines += table(rows)
     lines += ["", kv_line(status)] if status.routers else []
+    if status.placement.is_moving:
+        lines += ["", f"moving: {status.placement.loading} replicas load, {status.placement.draining} drain"]
     lines += ["", *(f"problem: {problem}" for problem in status.problems)] if status.problems else []
     return "\n".join(lines)
 
@@ -89,6 +119,7 @@ def kv_line(status: ClusterStatus) -> str:
     return f"KV cache: {tokens:,} tokens on each router, up to {longest:,} of one request"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

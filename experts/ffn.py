@@ -22,6 +22,10 @@ class ExpertWeights:
     def num_bytes(self) -> int:
         return self.gate_up_FH.nbytes + self.down_HF.nbytes
 
+    def to(self, device: torch.device) -> ExpertWeights:
+        """These on `device`; the same where they are."""
+        return ExpertWeights(gate_up_FH=self.gate_up_FH.to(device), down_HF=self.down_HF.to(device))
+
 
 def expert_ffn(weights: ExpertWeights, x_TH: torch.Tensor) -> torch.Tensor:
     """down(silu(gate x) · up x), [T, H] to [T, H]."""

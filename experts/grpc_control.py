@@ -11,21 +11,30 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
 
 from experts.errors import ControllerUnreachable, HerdError
-from experts.placement import ClusterView
-from experts.reports import ClusterStatus, HostOrder, HostReport, MemberReport
+from experts.placement import ClusterView, ExpertKey
+from experts.reports import AppliedPlan, ClusterStatus, CountedRows, HostOrder, HostReport, MemberReport
 from experts.tls import Identity
 from experts.transport.grpc_options import client_options
 from experts.transport.grpc_security import explain, open_channel
 from experts.wire import control_pb2 as pb
 from experts.wire.control_pb2_grpc import ControlServiceStub
+from experts.wire.placing import (
+    Replicas,
+    counted_from_wire,
+    plan_from_wire,
+    raise_refusal,
+    rates_to_wire,
+    replicas_to_wire,
+)
 from experts.wire.view import (
     host_report_to_wire,
+    keys_from_wire,
     member_report_to_wire,
     order_from_wire,
     status_from_wire,
@@ -247,6 +256,70 @@ def ask_drain(address: str, timeout_s: float = 5.0, tls: Identity | None = None)
 def ask_cut(address: str, host: str, seconds: float, timeout_s: float = 5.0, tls: Identity | None = None) -> None:
     """Take the rows of `host` off the network for a while, as a drill. Raises ControllerUnreachable."""
     _ask(address, "Cut", pb.CutRequest(host=host, ms=round(seconds * 1000)), timeout_s, tls)
+
+
+def ask_plan(
+    address: str,
+    *,
+    apply: bool,
+    load: Mapping[ExpertKey, float] | None = None,
+    timeout_s: float = 30.0,
+    tls: Identity | None = None,
+) -> tuple[str, str]:
+    """What would be planned now, or is planned and applied: for people, and as JSON. `load` are rows per second; None:
+    what is measured. Raises InvalidInput and ControllerUnreachable."""
+    request = pb.PlanRequest(apply=apply, load=rates_to_wire(load or {}))
+    response = _ask(address, "Plan", request, timeout_s, tls)
+    raise_refusal(response.refusal)
+    return response.text, response.json
+
+
+def ask_move(
+    address: str, key: ExpertKey, to: str, timeout_s: float = 5.0, tls: Identity | None = None
+) -> tuple[int, int]:
+    """Move an expert to host `to`; returns how many replicas are to be loaded, and the epoch of now. This and the next
+    ones raise InvalidInput and ControllerUnreachable."""
+    move = pb.PlaceRequest.Move(layer=key[0], expert=key[1], to=to)
+    return _place(address, pb.PlaceRequest(move=move), timeout_s, tls)
+
+
+def ask_host_drain(address: str, host: str, timeout_s: float = 5.0, tls: Identity | None = None) -> tuple[int, int]:
+    """Empty a host and end its process."""
+    return _place(address, pb.PlaceRequest(drain_host=host), timeout_s, tls)
+
+
+def ask_target(
+    address: str, replicas: Replicas, timeout_s: float = 30.0, tls: Identity | None = None
+) -> tuple[int, int]:
+    """Bring every expert to the hosts that `replicas` names."""
+    return _place(address, pb.PlaceRequest(placement=replicas_to_wire(replicas)), timeout_s, tls)
+
+
+def ask_rollback(
+    address: str, epoch: int | None, timeout_s: float = 5.0, tls: Identity | None = None
+) -> tuple[int, int]:
+    """Go back to where experts were meant to be under `epoch`; None: before the last plan."""
+    return _place(address, pb.PlaceRequest(rollback=pb.PlaceRequest.Rollback(epoch=epoch)), timeout_s, tls)
+
+
+def fetch_history(address: str, timeout_s: float = 5.0, tls: Identity | None = None) -> list[AppliedPlan]:
+    """The plans that were applied, the last one last. Raises ControllerUnreachable."""
+    response = _ask(address, "History", pb.HistoryRequest(), timeout_s, tls)
+    return [plan_from_wire(plan) for plan in response.plans]
+
+
+def fetch_rows(
+    address: str, timeout_s: float = 5.0, tls: Identity | None = None
+) -> tuple[list[CountedRows], frozenset[ExpertKey]]:
+    """The rows that hosts have counted, and every expert there is. Raises ControllerUnreachable."""
+    response = _ask(address, "Rows", pb.RowsRequest(), timeout_s, tls)
+    return [counted_from_wire(counted) for counted in response.hosts], keys_from_wire(response.experts)
+
+
+def _place(address: str, request: pb.PlaceRequest, timeout_s: float, tls: Identity | None) -> tuple[int, int]:
+    response = _ask(address, "Place", request, timeout_s, tls)
+    raise_refusal(response.refusal)
+    return response.loads, response.epoch
 
 
 def ask_shutdown(address: str, timeout_s: float = 5.0, tls: Identity | None = None) -> None:

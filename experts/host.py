@@ -18,6 +18,7 @@ from experts.errors import HostFailed, NotHosted
 from experts.ffn import ExpertWeights
 from experts.load import LoadSnapshot, LoadWindow
 from experts.placement import ComputeCost, ExpertKey
+from experts.slot import Slot
 from experts.transport.base import Shipment
 
 log = logging.getLogger(__name__)
@@ -40,20 +41,25 @@ class ExpertHost:
         self.name = name
         self._source = source
         self._arithmetic = arithmetic or PlainArithmetic()
-        self._slots: dict[ExpertKey, ExpertWeights] = {}
+        self._slots: dict[ExpertKey, Slot] = {}
         self._slots_lock = threading.Lock()
         self._compute_lock = threading.Lock()
         self._load = LoadWindow()
         self._cost: ComputeCost | None = None
+        self._num_damaged = 0
 
     def load(self, key: ExpertKey) -> None:
         """Read an expert into a slot; nothing happens when it is held. Raises CheckpointError."""
         with self._slots_lock:
             if key in self._slots:
                 return
-        weights = self._source.load(*key)
+        self.put(key, self._source.load(*key))
+
+    def put(self, key: ExpertKey, weights: ExpertWeights) -> None:
+        """Hold `weights` as those of expert `key` from now on."""
+        slot = Slot.of(weights)
         with self._slots_lock:
-            self._slots[key] = weights
+            self._slots[key] = slot
 
     def evict(self, key: ExpertKey) -> None:
         """Free the slot of an expert, if it has one. A computation that already uses the weights finishes."""
@@ -69,7 +75,34 @@ class ExpertHost:
     def held_bytes(self) -> int:
         """Bytes of the weights in slots now."""
         with self._slots_lock:
-            return sum(weights.num_bytes for weights in self._slots.values())
+            return sum(slot.weights.num_bytes for slot in self._slots.values())
+
+    @property
+    def num_damaged(self) -> int:
+        """Slots that were fenced since the start, because their weights had changed."""
+        return self._num_damaged
+
+    def slot(self, key: ExpertKey) -> Slot:
+        """What is held of an expert. Raises NotHosted."""
+        with self._slots_lock:
+            if key not in self._slots:
+                raise NotHosted(self.name, {key})
+            return self._slots[key]
+
+    def scrub(self, key: ExpertKey) -> int:
+        """Look whether an expert's weights are still what was loaded, and fence it if not: it is not held any more.
+        Returns how many bytes were read."""
+        with self._slots_lock:
+            slot = self._slots.get(key)
+        if slot is None:
+            return 0
+        if not slot.is_sound():
+            with self._slots_lock:
+                if self._slots.get(key) is slot:
+                    del self._slots[key]
+                    self._num_damaged += 1
+            log.error("host %s: expert %d of layer %d was damaged in memory, and is fenced", self.name, key[1], key[0])
+        return slot.weights.num_bytes
 
     @property
     def rows_total(self) -> int:
@@ -88,7 +121,7 @@ class ExpertHost:
     def measure(self) -> None:
         """Measure what an expert and a row cost, once there is something to measure with; shipments wait meanwhile."""
         with self._slots_lock:
-            held = list(self._slots.values())
+            held = [slot.weights for slot in self._slots.values()]
         if not held:
             return
         with self._compute_lock:
@@ -130,4 +163,4 @@ class ExpertHost:
             missing = {segment.key for segment in shipment.segments if segment.key not in self._slots}
             if missing:
                 raise NotHosted(self.name, missing)
-            return [self._slots[segment.key] for segment in shipment.segments]
+            return [self._slots[segment.key].weights for segment in shipment.segments]

@@ -5,6 +5,7 @@ Hosts, routers and ingresses fill reports from their own numbers; the wire and t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -32,14 +33,38 @@ class HostReport:
     problem: str = ""
     cost: ComputeCost | None = None
     """What its arithmetic takes; None until it was measured."""
+    failed: frozenset[ExpertKey] = frozenset()
+    """What it could not load when it followed order number `order`."""
+    order: int = 0
+    rows: Mapping[ExpertKey, int] = field(default_factory=dict)
+    """Rows computed since its start, of every expert that had any."""
+    num_shipments: int = 0
+    compute_s: float = 0.0
+    num_damaged: int = 0
+    """Slots whose weights were found changed, fenced and loaded anew since its start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A host to load an expert from: it is asked for it as `name` at `address`."""
+
+    name: str
+    address: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostOrder:
-    """`target` is the whole set to hold: load what is missing, evict the rest. `retire`: exit for good."""
+    """`target` is the whole set to hold: load what is missing, evict the rest. `retire`: exit for good.
+
+    What has one of `peers` is loaded from there, at no more than `bytes_per_s` (0: as fast as it goes), the rest and
+    what fails from disk. `number` differs from order to order.
+    """
 
     target: frozenset[ExpertKey] = frozenset()
     retire: bool = False
+    peers: Mapping[ExpertKey, Peer] = field(default_factory=dict)
+    bytes_per_s: float = 0.0
+    number: int = 0
 
 
 class MemberKind(StrEnum):
@@ -91,6 +116,27 @@ class ControllerInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlacementStatus:
+    """How experts are placed and moved. Imbalances (slowest host over mean) are by layer, of the last trusted load;
+    balances (mean over slowest) are those of the last plan whose moves are done. `held_by` says what keeps the load
+    from being acted upon; empty when nothing does."""
+
+    rebalances: bool = False
+    held_by: str = ""
+    is_moving: bool = False
+    loading: int = 0
+    draining: int = 0
+    loaded_total: int = 0
+    given_up_total: int = 0
+    plans_total: int = 0
+    expert_bytes: int = 0
+    imbalance: Mapping[int, float] = field(default_factory=dict)
+    replicas: Mapping[ExpertKey, int] = field(default_factory=dict)
+    predicted: float | None = None
+    realised: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterStatus:
     """All that `herd status` shows. `problems` are plain sentences on what is wrong now."""
 
@@ -103,3 +149,30 @@ class ClusterStatus:
     replicas_wanted: int = 0
     draining: bool = False
     problems: tuple[str, ...] = ()
+    placement: PlacementStatus = field(default_factory=PlacementStatus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppliedPlan:
+    """A plan that was applied `age_s` ago, while the placement was that of `epoch`. Balances are mean over slowest
+    host, of the worst layer that it changed; None where nobody knows."""
+
+    age_s: float
+    epoch: int
+    loads: int
+    moved_bytes: int
+    before: float | None
+    predicted: float | None
+    realised: float | None
+    took_s: float | None
+    why: str
+    is_undone: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedRows:
+    """Rows of every expert that one life of a host has computed."""
+
+    host: str
+    incarnation: int
+    rows: Mapping[ExpertKey, int]

@@ -11,8 +11,11 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TypeVar
 
-from cluster.control.pack import spread, target_by_host
-from cluster.control.rehome import rehome
+from cluster.control.asked import ask
+from cluster.control.load_source import count
+from cluster.control.moves import to_hold
+from cluster.control.pack import spread
+from cluster.control.replicas import Replicas
 from cluster.control.state import (
     ControllerState,
     DrainAsked,
@@ -24,19 +27,21 @@ from cluster.control.state import (
     HostState,
     Journal,
     Leave,
+    LoadRead,
     MemberLeft,
     MemberReported,
     MemberState,
     PublishView,
-    Replicas,
     SendOrder,
+    Steering,
     Tick,
     Timing,
     WriteJournal,
 )
 from cluster.control.status import view_of
+from cluster.control.steer import advance, lose_hosts, resume_moves, started, take_turn, welcome_hosts, with_targets
 from experts.placement import ClusterView, ExpertKey, Placement
-from experts.reports import HostOrder, HostReport, MemberReport
+from experts.reports import HostOrder, HostReport, MemberReport, Peer
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -46,7 +51,7 @@ VERSIONS_PER_TERM = 10**9
 
 
 def start(
-    journal: Journal, hosts: Iterable[str], now: float, timing: Timing | None = None
+    journal: Journal, hosts: Iterable[str], now: float, timing: Timing | None = None, steering: Steering | None = None
 ) -> tuple[ControllerState, list[Effect]]:
     """Begin a life of the controller. `journal` is what the last life left, or a fresh one with term 0.
 
@@ -54,27 +59,33 @@ def start(
     """
     timing = timing or Timing()
     first_life = journal.term == 0
-    journal = replace(journal, term=journal.term + 1)
+    moving = journal.moves or started(journal.target)
+    journal = replace(journal, term=journal.term + 1, moves=moving)
     patience = 0.0 if first_life else timing.lost_after
-    names = list(hosts)
+    needed = {name for names in (*moving.goal.values(), *to_hold(moving).values()) for name in names}
+    names = [name for name in hosts if name in needed or name not in journal.draining]
     journal = replace(journal, away=journal.away & frozenset(names))
-    targets = _targets(journal, names)
+    nothing: frozenset[ExpertKey] = frozenset()
+    host = HostState(target=nothing, duty=nothing, start_at=now + patience, heard_at=now)
     state = ControllerState(
         journal=journal,
-        wanted=rehome(journal.target, journal.away, names),
-        hosts=_frozen({name: HostState(target=targets[name], start_at=now + patience, heard_at=now) for name in names}),
+        moving=moving,
+        hosts=_frozen(dict.fromkeys(names, host)),
         ticked_at=now,
         alone_since=now,
         hold_until=now + patience,
         version=journal.term * VERSIONS_PER_TERM,
         timing=timing,
+        steering=steering or Steering(),
     )
-    return state, [WriteJournal(journal=journal)]
+    return with_targets(state), [WriteJournal(journal=journal)]
 
 
 def step(state: ControllerState, event: Event, now: float) -> tuple[ControllerState, list[Effect]]:
-    """Take one event in. Effects are to be carried out in order."""
+    """Take one event in. Effects are to be carried out in order. Raises InvalidInput for what a person asked in vain,
+    and nothing has happened then."""
     effects: list[Effect] = []
+    written = state.journal
     match event:
         case HostReported():
             state = _host_reported(state, event, now, effects)
@@ -88,10 +99,13 @@ def step(state: ControllerState, event: Event, now: float) -> tuple[ControllerSt
             state = replace(state, draining=True)
         case Tick():
             state = _tick(state, now, effects)
-    state = _publish(state, now, effects)
+        case LoadRead():
+            state = take_turn(state, event.load, now, effects)
+        case _:
+            state = ask(state, event, now, effects)
+    state = _publish(state, written, now, effects)
     # Whoever gives something up does so after everybody was told not to ask for it any more.
-    state = _send_orders(state, effects)
-    return state, effects
+    return _send_orders(_release(state, effects), effects), effects
 
 
 def _host_reported(state: ControllerState, event: HostReported, now: float, effects: list[Effect]) -> ControllerState:
@@ -104,13 +118,14 @@ def _host_reported(state: ControllerState, event: HostReported, now: float, effe
         return state
     serving = _serving(host, report)
     ordered = host.ordered if host.stream == event.stream else None
+    first = host.report is None
+    host = count(host, report, now)
     host = replace(host, report=report, heard_at=now, stream=event.stream, ordered=ordered, lost=False, serving=serving)
-    first = state.hosts[report.name].report is None
     state = _with_host(state, report.name, host)
-    return _spread(state, effects) if first else state
+    return advance(_look_after_hosts(_spread(state) if first else state, now, effects), now, effects)
 
 
-def _spread(state: ControllerState, effects: list[Effect]) -> ControllerState:
+def _spread(state: ControllerState) -> ControllerState:
     """Before a new cluster serves anything, its replicas are spread over the nodes that its hosts turn out to be on."""
     reports = {name: host.report for name, host in state.hosts.items()}
     journal = state.journal
@@ -119,29 +134,8 @@ def _spread(state: ControllerState, effects: list[Effect]) -> ControllerState:
     target = spread(journal.target, {name: report.node for name, report in reports.items() if report is not None})
     if target == journal.target:
         return state
-    journal = replace(journal, target=_frozen(target))
-    effects.append(WriteJournal(journal=journal))
-    return _retarget(state, journal)
-
-
-def _retarget(state: ControllerState, journal: Journal) -> ControllerState:
-    """Go by `journal`'s target and its hosts that are away."""
-    targets = _targets(journal, state.hosts)
-    hosts = {
-        name: host if host.target == targets[name] else replace(host, target=targets[name])
-        for name, host in state.hosts.items()
-    }
-    wanted = rehome(journal.target, journal.away, state.hosts)
-    return replace(state, journal=journal, wanted=wanted, hosts=_frozen(hosts))
-
-
-def _targets(journal: Journal, hosts: Iterable[str]) -> dict[str, frozenset[ExpertKey]]:
-    """A host that is away shall hold what it will serve when it is back."""
-    names = list(hosts)
-    now, later = (
-        target_by_host(replicas, names) for replicas in (rehome(journal.target, journal.away, names), journal.target)
-    )
-    return {name: later[name] if name in journal.away else now[name] for name in names}
+    target, moving = _frozen(target), started(_frozen(target))
+    return with_targets(replace(state, journal=replace(journal, target=target, moves=moving), moving=moving))
 
 
 def _is_older_life(host: HostState, event: HostReported) -> bool:
@@ -191,7 +185,7 @@ def _tick(state: ControllerState, now: float, effects: list[Effect]) -> Controll
         state = _forgive(state, pause)
     for name, host in state.hosts.items():
         state = _with_host(state, name, _check_host(name, host, state.timing, now, effects))
-    state = _rehome(state, now, effects)
+    state = advance(_look_after_hosts(state, now, effects), now, effects)
     for name, member in state.members.items():
         if now - member.heard_at >= state.timing.lost_after:
             state = _without_member(state, name)
@@ -204,29 +198,27 @@ def _tick(state: ControllerState, now: float, effects: list[Effect]) -> Controll
     return state
 
 
-def _rehome(state: ControllerState, now: float, effects: list[Effect]) -> ControllerState:
-    """Give the experts of hosts that stay away to others, and back once they serve again."""
-    if now < state.hold_until:
+def _look_after_hosts(state: ControllerState, now: float, effects: list[Effect]) -> ControllerState:
+    """Give the experts of hosts that stay away to others, and back once they are there again."""
+    unheard = any(host.report is None for name, host in state.hosts.items() if name not in state.journal.away)
+    if now < state.hold_until and unheard:
         return state
-    journal = state.journal
-    gone = {name for name, host in state.hosts.items() if _stays_away(host, now, state)}
-    back = {name for name in journal.away if _is_back(state.hosts[name])}
-    away = (journal.away | gone) - back
-    if away == journal.away or len(away) == len(state.hosts):
-        return state
-    journal = replace(journal, away=away)
-    effects.append(WriteJournal(journal=journal))
-    return _retarget(state, journal)
+    if not state.is_resumed:
+        state = resume_moves(state, now)
+    away = state.journal.away
+    gone = {name for name, host in state.hosts.items() if name not in away and _stays_away(host, now, state)}
+    back = {name for name in away if (host := state.hosts[name]).report is not None and not host.lost}
+    if back:
+        state = welcome_hosts(state, back, now, effects)
+    if gone and len((away | gone) - back) < len(state.hosts):
+        state = lose_hosts(state, gone, now, effects)
+    return state
 
 
 def _stays_away(host: HostState, now: float, state: ControllerState) -> bool:
     new = host.report is None and state.journal.term == 1
     patience = state.timing.rehome_at_start if new else state.timing.rehome
     return (host.report is None or host.lost) and now - host.heard_at >= patience
-
-
-def _is_back(host: HostState) -> bool:
-    return host.report is not None and not host.lost and host.serving == host.target
 
 
 def _forgive(state: ControllerState, pause: float) -> ControllerState:
@@ -255,36 +247,73 @@ def _check_host(name: str, host: HostState, timing: Timing, now: float, effects:
     return replace(host, start_at=now + timing.ensure_again)
 
 
-def _publish(state: ControllerState, now: float, effects: list[Effect]) -> ControllerState:
-    """Publish a view when anything that members act upon differs from the last one."""
-    complete = all(host.serving == host.target for host in state.hosts.values())
-    if now < state.hold_until and not complete:
-        return state
-    before, after = state.journal.replicas, _serving_replicas(state)
-    due = complete or _takes_away(before, after) or now - state.published_at >= state.timing.batch
-    if after != before and due:
-        journal = replace(state.journal, epoch=state.journal.epoch + 1, replicas=after)
-        state = replace(state, journal=journal, published_at=now)
-        effects.append(WriteJournal(journal=journal))
-    view = view_of(state, version=state.version + 1)
-    if state.view is not None and _what_matters(view) == _what_matters(state.view):
+def _publish(state: ControllerState, written: Journal, now: float, effects: list[Effect]) -> ControllerState:
+    """Publish a view when anything that members act upon differs from the last one. `written` is the journal that is
+    durable already."""
+    complete = all(host.duty <= host.serving for host in state.hosts.values())
+    view: ClusterView | None = None
+    if now >= state.hold_until or complete:
+        before, after = state.journal.replicas, _serving_replicas(state)
+        due = complete or _takes_away(before, after) or now - state.published_at >= state.timing.batch
+        if after != before and due:
+            journal = replace(state.journal, epoch=state.journal.epoch + 1, replicas=after)
+            state = replace(state, journal=journal, published_at=now)
+        view = view_of(state, version=state.version + 1)
+    if state.journal is not written:
+        effects.append(WriteJournal(journal=state.journal))
+    if view is None or (state.view is not None and _what_matters(view) == _what_matters(state.view)):
         return state
     effects.append(PublishView(view=view))
     return replace(state, view=view, version=view.version)
 
 
+def _release(state: ControllerState, effects: list[Effect]) -> ControllerState:
+    """A host that was drained, and is empty, is no part of the cluster any more."""
+    goal = state.moving.goal
+    for name in sorted(state.journal.draining & state.hosts.keys()):
+        host = state.hosts[name]
+        if host.target or any(name in names for names in goal.values()):
+            continue
+        if host.stream is not None:
+            effects.append(SendOrder(name=name, stream=host.stream, order=HostOrder(retire=True)))
+        state = replace(state, hosts=_frozen({key: one for key, one in state.hosts.items() if key != name}))
+    return state
+
+
 def _send_orders(state: ControllerState, effects: list[Effect]) -> ControllerState:
     for name, host in state.hosts.items():
-        if host.stream is not None and host.ordered != host.target:
-            effects.append(SendOrder(name=name, stream=host.stream, order=HostOrder(target=host.target)))
-            state = _with_host(state, name, replace(host, ordered=host.target))
+        if host.stream is None or name in state.journal.away:
+            continue
+        peers = _peers(state, name)
+        if host.ordered is None or host.ordered.target != host.target or (peers and peers != host.ordered.peers):
+            state = replace(state, num_orders=state.num_orders + 1)
+            order = HostOrder(
+                target=host.target,
+                peers=_frozen(peers),
+                bytes_per_s=state.steering.limits.bytes_per_s,
+                # Unlike any of another life.
+                number=state.journal.term * VERSIONS_PER_TERM + state.num_orders,
+            )
+            effects.append(SendOrder(name=name, stream=host.stream, order=order))
+            state = _with_host(state, name, replace(host, ordered=order))
     return state
+
+
+def _peers(state: ControllerState, name: str) -> dict[ExpertKey, Peer]:
+    """Where host `name` gets what it shall load; what is not in it comes from disk."""
+    peers = {}
+    for (key, to), loading in state.moving.loading.items():
+        source = state.hosts.get(loading.source)
+        if to == name and source is not None and source.report is not None and not source.lost:
+            peers[key] = Peer(name=loading.source, address=source.report.address)
+    return peers
 
 
 def _serving_replicas(state: ControllerState) -> Replicas:
     serving = {name: host.serving for name, host in state.hosts.items()}
     replicas = {
-        key: tuple(name for name in names if key in serving.get(name, ())) for key, names in state.wanted.items()
+        key: tuple(name for name in names if key in serving.get(name, ()))
+        for key, names in state.moving.published.items()
     }
     return _frozen({key: names for key, names in replicas.items() if names})
 

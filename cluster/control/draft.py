@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from cluster.control.balance import Change, LayerBalance, Trial
 from cluster.control.fleet import Fleet, HostSpec
-from cluster.control.state import Replicas
+from cluster.control.replicas import Replicas
 from experts.placement import ExpertKey
 
 Replica = tuple[ExpertKey, str]

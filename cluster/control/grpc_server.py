@@ -20,8 +20,11 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 
 from cluster.control.core import start, step
+from cluster.control.grpc_commands import Commands
 from cluster.control.journal import JournalFile
+from cluster.control.load_source import LoadSource, ReportedLoad
 from cluster.control.state import (
+    Alarmed,
     ControllerState,
     DrainAsked,
     Effect,
@@ -31,9 +34,11 @@ from cluster.control.state import (
     HostReported,
     Journal,
     Leave,
+    LoadRead,
     MemberReported,
     PublishView,
     SendOrder,
+    Steering,
     Tick,
     Timing,
     WriteJournal,
@@ -56,6 +61,8 @@ from experts.wire.view import (
 )
 
 TICK_S = 0.25
+TURN_S = 1.0
+"""Between turns of the control loop; hosts report as often."""
 MAX_CUT_MS = 60_000
 HEARTBEAT_S = 2.0
 START_TIMEOUT_S = 30.0
@@ -101,9 +108,12 @@ class ControlServer:
         listener: Listener,
         node: str = "",
         timing: Timing | None = None,
+        steering: Steering | None = None,
+        load: LoadSource | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`fresh` is the journal of a first life; what lies on disk counts only if its digest is the same."""
+        """`fresh` is the journal of a first life; what lies on disk counts only if its digest is the same. `load` is
+        where experts' load is read; None: what hosts report."""
         self._name = name
         self._file = journal
         self._executor = executor
@@ -114,6 +124,8 @@ class ControlServer:
         self._journal = left if left is not None and left.digest == fresh.digest else _above(fresh, left)
         self._hosts = hosts
         self._timing = timing
+        self._steering = steering
+        self._load = load or ReportedLoad()
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="control-work")
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._address: Future[str] = Future()
@@ -159,18 +171,21 @@ class ControlServer:
         server = grpc.aio.server(options=server_options(MAX_MESSAGE_BYTES))
         port = self._bind(server)
         info = replace(self._info, address=f"{self._listener.advertise}:{port}")
-        state, effects = start(replace(self._journal, port=port), self._hosts, self._clock(), self._timing)
+        journal = replace(self._journal, port=port)
+        state, effects = start(journal, self._hosts, self._clock(), self._timing, self._steering)
         core = _Core(self._name, state, info, self._file, self._executor, self._pool, self._clock)
         core.carry_out(effects)
         add_ControlServiceServicer_to_server(core, server)
         await server.start()
         self._core = core
+        turns = asyncio.create_task(core.turn_for_ever(self._load))
         ticks = asyncio.create_task(core.tick_for_ever())
         self._address.set_result(info.address)
         try:
             await self._stop.wait()
         finally:
             ticks.cancel()
+            turns.cancel()
             await server.stop(grace=0.5)
 
     def _bind(self, server: grpc.aio.Server) -> int:
@@ -209,6 +224,7 @@ class _Core(ControlServiceServicer):
         self._members: dict[int, _Latest[pb.ClusterView]] = {}
         self._problems: dict[str, str] = {}
         self._view = pb.ClusterView()
+        self._commands = Commands(lambda: self._state, self._feed, clock)
 
     def status(self) -> ClusterStatus:
         status = status_of(self._state, self._name, self.info)
@@ -218,6 +234,19 @@ class _Core(ControlServiceServicer):
         while True:
             self._feed(Tick())
             await asyncio.sleep(TICK_S)
+
+    async def turn_for_ever(self, source: LoadSource) -> None:
+        """Turns of the control loop, for which the load may have to be read over a network."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(TURN_S)
+            try:
+                load = await loop.run_in_executor(self._pool, source.read, self._state, self._clock())
+            except Exception:
+                # Not to know the load is no reason to stop.
+                log.exception("the load could not be read")
+                load = None
+            self._feed(LoadRead(load=load))
 
     def carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -233,6 +262,8 @@ class _Core(ControlServiceServicer):
                         self._hosts[stream].put(order_to_wire(order))
                 case EnsureHost(name=name):
                     self._work(f"starting host {name}", self._executor.ensure_host, name)
+                case Alarmed(text=text):
+                    log.warning("placement: %s", text)
                 case Leave(reason=reason):
                     log.warning("leaving: %s", reason)
                     self._work("leaving", self._executor.leave)
@@ -282,12 +313,24 @@ class _Core(ControlServiceServicer):
         outbox = self._hosts.get(host.stream) if host is not None and host.stream is not None else None
         if host is not None and outbox is not None:
             # With its target, because an order that it had not read yet is replaced by this one.
-            order = order_to_wire(HostOrder(target=host.target))
+            order = order_to_wire(host.ordered or HostOrder(target=host.target))
             order.cut_ms = min(request.ms, MAX_CUT_MS)
             outbox.put(order)
             return pb.CutResponse()
         await context.abort(grpc.StatusCode.NOT_FOUND, f"no host {request.host!r} is here")
         raise AssertionError("abort does not return")
+
+    async def Plan(self, request: pb.PlanRequest, context: Any) -> pb.PlanResponse:
+        return self._commands.plan(request)
+
+    async def Place(self, request: pb.PlaceRequest, context: Any) -> pb.PlaceResponse:
+        return self._commands.place(request)
+
+    async def History(self, request: pb.HistoryRequest, context: Any) -> pb.HistoryResponse:
+        return self._commands.history()
+
+    async def Rows(self, request: pb.RowsRequest, context: Any) -> pb.RowsResponse:
+        return self._commands.rows()
 
     async def Shutdown(self, request: pb.ShutdownRequest, context: Any) -> pb.ShutdownResponse:
         self._work("leaving", self._executor.leave)

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from cluster.control.state import Journal, Replicas
-from experts.placement import ExpertKey
+from cluster.control.move_journal import decode_history, decode_moves, encode_history, encode_moves
+from cluster.control.replicas import decode_replicas, encode_replicas
+from cluster.control.state import Journal
 
-FORMAT = 1
+FORMAT = 2
 
 
 class JournalFile:
@@ -30,7 +29,7 @@ class JournalFile:
             return None
         try:
             return decode(json.loads(self.path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             os.replace(self.path, self.path.with_name(self.path.name + ".broken"))
             return None
 
@@ -60,13 +59,17 @@ def encode(journal: Journal) -> dict[str, Any]:
         "epoch": journal.epoch,
         "port": journal.port,
         "away": sorted(journal.away),
+        "draining": sorted(journal.draining),
+        "kept_until": journal.kept_until,
+        "moves": None if journal.moves is None else encode_moves(journal.moves),
+        "history": encode_history(journal.history),
         "target": encode_replicas(journal.target),
         "replicas": encode_replicas(journal.replicas),
     }
 
 
 def decode(raw: Any) -> Journal:
-    """The inverse of `encode`. Raises ValueError, KeyError, TypeError or IndexError for anything else."""
+    """The inverse of `encode`. Raises ValueError, KeyError, TypeError, AttributeError or IndexError."""
     if raw["format"] != FORMAT:
         raise ValueError(f"journal format {raw['format']} is not known")
     term, epoch, port = (int(raw[name]) for name in ("term", "epoch", "port"))
@@ -77,29 +80,14 @@ def decode(raw: Any) -> Journal:
         term=term,
         epoch=epoch,
         port=port,
-        away=frozenset(str(name) for name in raw.get("away", ())),
+        away=frozenset(str(name) for name in raw["away"]),
+        draining=frozenset(str(name) for name in raw["draining"]),
+        kept_until=float(raw["kept_until"]),
+        moves=None if raw["moves"] is None else decode_moves(raw["moves"]),
+        history=decode_history(raw["history"]),
         target=decode_replicas(raw["target"]),
         replicas=decode_replicas(raw["replicas"]),
     )
-
-
-def encode_replicas(replicas: Replicas) -> dict[str, Any]:
-    """A placement as JSON values."""
-    names = sorted({name for hosts in replicas.values() for name in hosts})
-    index = {name: position for position, name in enumerate(names)}
-    rows = [[layer, expert, [index[name] for name in hosts]] for (layer, expert), hosts in replicas.items()]
-    return {"hosts": names, "experts": rows}
-
-
-def decode_replicas(raw: Mapping[str, Any]) -> Replicas:
-    """The inverse of `encode_replicas`, with the errors of `decode`."""
-    names = [str(name) for name in raw["hosts"]]
-    replicas: dict[ExpertKey, tuple[str, ...]] = {}
-    for layer, expert, hosts in raw["experts"]:
-        if min(layer, expert, *hosts, 0) < 0:
-            raise ValueError("the journal holds a negative number")
-        replicas[(int(layer), int(expert))] = tuple(names[position] for position in hosts)
-    return MappingProxyType(replicas)
 
 
 def _sync_folder(folder: Path) -> None:

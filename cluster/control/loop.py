@@ -5,35 +5,44 @@ Keeps beside every plan that it applied what was predicted and what came of it.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 
 from cluster.control.balance import LayerBalance
+from cluster.control.draft import Replica
 from cluster.control.fleet import Fleet, Load
 from cluster.control.move_state import Goal, HostAway, Limits, MoveEffect, MoveEvent, MoveState, TimePassed
 from cluster.control.moves import step
 from cluster.control.plan import Plan, PlanState, Policy, plan
-from cluster.control.state import Replicas
+from cluster.control.replicas import Replicas
 from cluster.control.trust import doubt_load
+from experts.placement import ExpertKey
 
-HISTORY = 100
+HISTORY = 50
 REPLAN_S = 10.0
 """Long moves are thought over so often: the load may not be any more what they were for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """A plan that was begun `at`. Balances are mean over slowest host, of the worst layer that it changed; `realised`
-    is measured once all its moves are done, None until then."""
+    """A plan that was begun `at`, while the placement was that of `epoch`. Balances are mean over slowest host, of the
+    worst layer that it changed; `realised` is measured once all its moves are done, None until then.
+
+    `changes` are the experts that it changed, with their hosts before and after. `is_undone`: it was rolled back, or
+    rolled back others.
+    """
 
     at: float
     epoch: int
     loads: int
     moved_bytes: int
     before: float | None
-    predicted: float
+    predicted: float | None
     why: str
     realised: float | None = None
     took_s: float | None = None
+    changes: tuple[tuple[ExpertKey, tuple[str, ...], tuple[str, ...]], ...] = ()
+    is_undone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,23 +64,45 @@ class Turn:
 
 
 def turn(
-    state: LoopState, load: Load | None, fleet: Fleet, policy: Policy, limits: Limits, now: float
+    state: LoopState,
+    load: Load | None,
+    fleet: Fleet,
+    policy: Policy,
+    limits: Limits,
+    now: float,
+    *,
+    rebalances: bool = True,
+    down: Set[Replica] = frozenset(),
 ) -> tuple[LoopState, Turn]:
-    """Take the load and the fleet as they are `now`; hosts that are not in `fleet` are gone."""
+    """Take the load and the fleet as they are `now`; hosts that are not in `fleet` are gone.
+
+    Without `rebalances` only what has to be is planned. `down` is as in `moves.step`.
+    """
     effects: list[MoveEffect] = []
     for name in sorted(_gone(state.moving, fleet)):
-        state = _move(state, HostAway(name=name), fleet, limits, now, effects)
-    state = _move(state, TimePassed(), fleet, limits, now, effects)
+        state = _move(state, HostAway(name=name), fleet, limits, now, effects, down)
+    state = _move(state, TimePassed(), fleet, limits, now, effects, down)
     state = _realise(state, load, fleet, policy, now)
     is_late = now - state.planned_at >= REPLAN_S
-    if not (state.moving.is_done or is_late or _is_wrong(state.moving, fleet)):
+    if not (_is_wrong(state.moving, fleet) or (rebalances and (state.moving.is_done or is_late))):
         return state, Turn(effects=tuple(effects))
-    made, planning = plan(load, fleet, _live(state.moving, fleet), policy, state.planning, now)
+    before = _live(state.moving, fleet)
+    made, planning = plan(load if rebalances else None, fleet, before, policy, state.planning, now)
     state = replace(state, planning=planning, planned_at=now)
     if made.is_change:
-        state = _move(state, Goal(replicas=made.target), fleet, limits, now, effects)
-        state = replace(state, history=(*state.history, _applied(made, state.moving.epoch, now))[-HISTORY:])
+        state = remember(state, _applied(made, state.moving, now))
+        state = _move(state, Goal(replicas=made.target), fleet, limits, now, effects, down)
     return state, Turn(effects=tuple(effects), plan=made)
+
+
+def remember(state: LoopState, applied: Applied) -> LoopState:
+    """Add to the history, which is bounded."""
+    return replace(state, history=(*state.history, applied)[-HISTORY:])
+
+
+def changes_of(before: Replicas, after: Replicas) -> tuple[tuple[ExpertKey, tuple[str, ...], tuple[str, ...]], ...]:
+    """Experts whose hosts differ, in whatever order they are named."""
+    return tuple((key, before[key], after[key]) for key in sorted(before) if set(before[key]) != set(after[key]))
 
 
 def told(
@@ -84,9 +115,15 @@ def told(
 
 
 def _move(
-    state: LoopState, event: MoveEvent, fleet: Fleet, limits: Limits, now: float, effects: list[MoveEffect]
+    state: LoopState,
+    event: MoveEvent,
+    fleet: Fleet,
+    limits: Limits,
+    now: float,
+    effects: list[MoveEffect],
+    down: Set[Replica] = frozenset(),
 ) -> LoopState:
-    moving, more = step(state.moving, event, fleet, limits, now)
+    moving, more = step(state.moving, event, fleet, limits, now, down)
     effects += more
     return replace(state, moving=moving)
 
@@ -109,17 +146,18 @@ def _live(moving: MoveState, fleet: Fleet) -> Replicas:
     return {key: tuple(name for name in names if name in fleet.hosts) for key, names in moving.goal.items()}
 
 
-def _applied(made: Plan, epoch: int, now: float) -> Applied:
+def _applied(made: Plan, moving: MoveState, now: float) -> Applied:
     changed = [note for note in made.layers if note.is_changed] or list(made.layers)
     before = [note.before for note in changed if note.before is not None]
     return Applied(
         at=now,
-        epoch=epoch,
+        epoch=moving.epoch,
         loads=len(made.loads),
         moved_bytes=made.moved_bytes,
         before=1.0 / max(before) if before else None,
         predicted=1.0 / max((note.after for note in changed), default=1.0),
-        why=made.why,
+        why=made.why or "what has to be, whatever the load",
+        changes=changes_of(moving.goal, made.target),
     )
 
 
@@ -128,7 +166,7 @@ def _realise(state: LoopState, load: Load | None, fleet: Fleet, policy: Policy, 
     if not state.history or state.history[-1].realised is not None or not state.moving.is_done:
         return state
     published = state.moving.published
-    if load is None or doubt_load(load, published, now, policy.max_age_s):
+    if load is None or doubt_load(load, published, now, policy.max_age_s) or not any(load.rows.values()):
         return state
     realised = 1.0 / max(imbalances(load, fleet, published).values(), default=1.0)
     last = replace(state.history[-1], realised=realised, took_s=now - state.history[-1].at)

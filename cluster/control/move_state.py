@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from cluster.control.draft import Replica
-from cluster.control.state import Replicas
+from cluster.control.replicas import Replicas
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ Going back to an old placement, emptying a host and moving one expert by hand ar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TypeVar
@@ -32,7 +32,7 @@ from cluster.control.move_state import (
     TimePassed,
     same_replicas,
 )
-from cluster.control.state import Replicas
+from cluster.control.replicas import Replicas
 from experts.errors import InvalidInput
 from experts.placement import ExpertKey
 
@@ -68,9 +68,12 @@ def resume(state: MoveState, held: Mapping[str, Set[ExpertKey]], now: float, lim
 
 
 def step(
-    state: MoveState, event: MoveEvent, fleet: Fleet, limits: Limits, now: float
+    state: MoveState, event: MoveEvent, fleet: Fleet, limits: Limits, now: float, down: Set[Replica] = frozenset()
 ) -> tuple[MoveState, list[MoveEffect]]:
-    """Take one event in. Effects are to be carried out in order, after the new state was made durable."""
+    """Take one event in. Effects are to be carried out in order, after the new state was made durable.
+
+    `down` are published replicas that cannot be used just now: nothing is given up that counts on them.
+    """
     effects: list[MoveEffect] = []
     before = state.published
     match event:
@@ -85,12 +88,12 @@ def step(
         case TimePassed():
             pass
     state = _give_up_late(state, now, effects)
-    state = _retire(state, fleet, limits, now)
+    state = _retire(state, fleet, limits, now, down)
     if not same_replicas(before, state.published):
         state = replace(state, epoch=state.epoch + 1)
         effects.append(PublishReplicas(epoch=state.epoch, replicas=state.published))
     state = _evict(state, now, effects)
-    return _load(state, fleet, limits, now, effects), effects
+    return _load(state, fleet, limits, now, down, effects), effects
 
 
 def to_hold(state: MoveState) -> Replicas:
@@ -158,8 +161,10 @@ def _give_up_late(state: MoveState, now: float, effects: list[MoveEffect]) -> Mo
     return _abandon(state, late)
 
 
-def _abandon(state: MoveState, replicas: Iterable[Replica]) -> MoveState:
+def _abandon(state: MoveState, replicas: Sequence[Replica]) -> MoveState:
     """Take `replicas` out of the goal. An expert that would lose its last new host stays where it is."""
+    if not replicas:
+        return state
     goal = dict(state.goal)
     for key, name in replicas:
         rest = tuple(other for other in goal[key] if other != name)
@@ -183,18 +188,18 @@ def _without_host(state: MoveState, name: str) -> MoveState:
     )
 
 
-def _retire(state: MoveState, fleet: Fleet, limits: Limits, now: float) -> MoveState:
+def _retire(state: MoveState, fleet: Fleet, limits: Limits, now: float, down: Set[Replica]) -> MoveState:
     """Stop publishing what the goal does not have, of experts whose every wanted replica serves; then, of hosts that
     are too full for what they shall load, what others serve too."""
     published = dict(state.published)
     leaving: list[Replica] = []
     for key, names in state.published.items():
         wanted = state.goal[key]
-        if names is not wanted and set(wanted) <= set(names):
+        if names is not wanted and set(wanted) <= set(names) and not any((key, name) in down for name in wanted):
             leaving += [(key, name) for name in names if name not in wanted]
             published[key] = wanted
-    for key, name in _in_the_way(replace(state, published=published), fleet, limits):
-        if len(published[key]) > 1:
+    for key, name in _in_the_way(replace(state, published=published), fleet, limits, down):
+        if _others_serve(key, name, published[key], down):
             published[key] = tuple(other for other in published[key] if other != name)
             leaving.append((key, name))
     if not leaving and all(published[key] is names for key, names in state.published.items()):
@@ -203,7 +208,11 @@ def _retire(state: MoveState, fleet: Fleet, limits: Limits, now: float) -> MoveS
     return replace(state, published=MappingProxyType(published), draining=MappingProxyType(draining))
 
 
-def _in_the_way(state: MoveState, fleet: Fleet, limits: Limits) -> list[Replica]:
+def _others_serve(key: ExpertKey, name: str, names: Sequence[str], down: Set[Replica]) -> bool:
+    return any(other != name and (key, other) not in down for other in names)
+
+
+def _in_the_way(state: MoveState, fleet: Fleet, limits: Limits, down: Set[Replica]) -> list[Replica]:
     """Of each host without room for its next load, one replica that shall go and that others serve meanwhile."""
     missing = _missing(state)
     if not missing:
@@ -216,7 +225,8 @@ def _in_the_way(state: MoveState, fleet: Fleet, limits: Limits) -> list[Replica]
     found: dict[str, Replica] = {}
     for key, names in state.published.items():
         for name in names:
-            if name in full and name not in found and name not in state.goal[key] and len(names) > 1:
+            is_unwanted = name in full and name not in state.goal[key]
+            if is_unwanted and name not in found and _others_serve(key, name, names, down):
                 found[name] = (key, name)
     return list(found.values())
 
@@ -227,7 +237,9 @@ def _evict(state: MoveState, now: float, effects: list[MoveEffect]) -> MoveState
     return replace(state, draining=_without(state.draining, due)) if due else state
 
 
-def _load(state: MoveState, fleet: Fleet, limits: Limits, now: float, effects: list[MoveEffect]) -> MoveState:
+def _load(
+    state: MoveState, fleet: Fleet, limits: Limits, now: float, down: Set[Replica], effects: list[MoveEffect]
+) -> MoveState:
     missing = _missing(state)
     if not missing:
         return state
@@ -244,7 +256,7 @@ def _load(state: MoveState, fleet: Fleet, limits: Limits, now: float, effects: l
         host = fleet.hosts.get(name)
         if host is None or name in busy or used[name] >= host.slots + limits.staging:
             continue
-        source = _source(state, key, busy, fleet)
+        source = _source(state, key, busy | {host for what, host in down if what == key}, fleet)
         loading[replica] = Loading(source=source, deadline=now + limits.deadline_s(fleet.expert_bytes))
         effects.append(LoadReplica(replica=replica, source=source))
         used[name] += 1

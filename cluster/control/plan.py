@@ -15,8 +15,8 @@ from cluster.control.draft import Draft, Replica
 from cluster.control.fleet import Fleet, Load
 from cluster.control.rebalance import Futile, LayerNote, place_all, rebalance, uneven_layers
 from cluster.control.repair import repair
+from cluster.control.replicas import Replicas
 from cluster.control.scale import ScaleState, Scaling, Size, size
-from cluster.control.state import Replicas
 from cluster.control.trust import doubt_load
 from experts.errors import InvalidInput
 from experts.placement import ExpertKey

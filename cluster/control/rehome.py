@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from cluster.control.state import Replicas
+from cluster.control.replicas import Replicas
 
 
 def rehome(target: Replicas, away: frozenset[str], hosts: Iterable[str]) -> Replicas:

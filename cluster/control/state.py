@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from cluster.control.fleet import Load
+from cluster.control.loop import Applied
+from cluster.control.move_state import Limits, MoveState
+from cluster.control.plan import Plan, PlanState, Policy
+from cluster.control.replicas import Replicas
 from experts.placement import ClusterView, ExpertKey, Placement
 from experts.reports import HostOrder, HostReport, MemberReport
-
-Replicas = Mapping[ExpertKey, tuple[str, ...]]
-"""(layer, expert) → host names, as in a placement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +43,27 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Journal:
-    """What outlives the controller. `replicas` is the placement published under `epoch`, `target` what shall be.
+class Steering:
+    """How experts are placed: whether the load is acted upon, and what hosts have room for.
 
-    `away` are hosts whose experts others hold meanwhile. `digest` names the settings that `target` was made from;
-    `port` is that of the control listener.
+    Each host has room for its share of `num_replicas` of every expert, and `extra_slots` in every layer.
+    """
+
+    rebalances: bool = False
+    num_replicas: int = 1
+    extra_slots: int = 0
+    policy: Policy = field(default_factory=Policy)
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journal:
+    """What outlives the controller. `replicas` is the placement published under `epoch`, `target` what shall be once
+    every host is there, and `moves` the way there; None before the first life.
+
+    `away` are hosts whose experts others hold meanwhile, `draining` those that are emptied for good, or were.
+    `history` are the plans that were applied, the last one last. Until `kept_until` the load moves nothing, since a
+    person has. `digest` names the settings that `target` was made from; `port` is that of the control listener.
     """
 
     digest: str
@@ -55,24 +73,42 @@ class Journal:
     replicas: Replicas = field(default_factory=lambda: MappingProxyType({}))
     port: int = 0
     away: frozenset[str] = frozenset()
+    draining: frozenset[str] = frozenset()
+    moves: MoveState | None = None
+    history: tuple[Applied, ...] = ()
+    kept_until: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """What a host had counted since its start when it reported `at`."""
+
+    at: float
+    rows: Mapping[ExpertKey, int]
+    shipments: int
+    compute_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostState:
-    """One wanted host. `serving` are the replicas of it that the placement may list.
+    """One wanted host. `target` is what it shall hold, `duty` what of it routers shall use, `serving` what it holds
+    and the placement may list.
 
-    `stream` names the connection that its reports come on; orders go there, and `ordered` is the last one's target.
+    `stream` names the connection that its reports come on; orders go there, and `ordered` is the last one. `counts`
+    are of the last seconds, of one life of the host, oldest first.
     """
 
     target: frozenset[ExpertKey]
+    duty: frozenset[ExpertKey]
     start_at: float
     """When to start it unless it reports before."""
     report: HostReport | None = None
     heard_at: float = 0.0
     stream: int | None = None
-    ordered: frozenset[ExpertKey] | None = None
+    ordered: HostOrder | None = None
     lost: bool = False
     serving: frozenset[ExpertKey] = frozenset()
+    counts: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +121,16 @@ class MemberState:
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerState:
-    """All of it. `view` is the last published one; None until the first. `wanted` is the journal's target without the
-    hosts that are away.
+    """All of it. `view` is the last published one; None until the first. `moving` is the one owner of where an expert
+    shall be: hosts hold what it says, and what it publishes is published of what they hold.
 
-    `hold_until`: after a restart nothing is published before this, or before every host has reported, because a
-    view made from half of the reports would take serving replicas away.
+    `hold_until`: after a restart nothing is published or moved before this, or before every host has reported,
+    because a view made from half of the reports would take serving replicas away. `is_resumed`: that is over.
+    `plan` is the last one made, `load` what it was made from; `alarms` are the last ones, with their times.
     """
 
     journal: Journal
-    wanted: Replicas
+    moving: MoveState
     hosts: Mapping[str, HostState]
     ticked_at: float
     alone_since: float
@@ -105,6 +142,16 @@ class ControllerState:
     version: int = 0
     draining: bool = False
     timing: Timing = field(default_factory=Timing)
+    steering: Steering = field(default_factory=Steering)
+    is_resumed: bool = False
+    planning: PlanState = field(default_factory=PlanState)
+    planned_at: float = float("-inf")
+    plan: Plan | None = None
+    load: Load | None = None
+    num_orders: int = 0
+    num_loaded: int = 0
+    num_given_up: int = 0
+    alarms: tuple[tuple[float, str], ...] = ()
 
     @property
     def placement(self) -> Placement:
@@ -152,7 +199,53 @@ class Tick:
     """Time passed."""
 
 
-Event = HostReported | HostGone | MemberReported | MemberLeft | DrainAsked | Tick
+@dataclass(frozen=True, kw_only=True)
+class LoadRead:
+    """What was measured lately; None when it could not be read. The control loop takes its turn."""
+
+    load: Load | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanAsked:
+    """A person wants a plan applied now, made from `load`, or from what is measured where that is None."""
+
+    load: Load | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetAsked:
+    """A person wants experts to be on these hosts."""
+
+    replicas: Replicas
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveAsked:
+    """A person wants an expert on host `to` instead of on one that has it."""
+
+    key: ExpertKey
+    to: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostDrainAsked:
+    """A person wants a host emptied, and its process ended."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackAsked:
+    """A person wants experts to be where they were meant to be under `epoch`; None: before the last plan."""
+
+    epoch: int | None = None
+
+
+Asked = PlanAsked | TargetAsked | MoveAsked | HostDrainAsked | RollbackAsked
+"""These raise InvalidInput when they cannot be done, and then change nothing."""
+
+Event = HostReported | HostGone | MemberReported | MemberLeft | DrainAsked | Tick | LoadRead | Asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,4 +285,11 @@ class Leave:
     reason: str
 
 
-Effect = PublishView | SendOrder | EnsureHost | WriteJournal | Leave
+@dataclass(frozen=True, kw_only=True)
+class Alarmed:
+    """Tell people."""
+
+    text: str
+
+
+Effect = PublishView | SendOrder | EnsureHost | WriteJournal | Leave | Alarmed

@@ -6,9 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import MappingProxyType
 
+from cluster.control.loop import imbalances
 from cluster.control.state import ControllerState, HostState
+from cluster.control.steer import expert_bytes, fleet_of
+from cluster.control.trust import doubt_load
 from experts.placement import ClusterView, HostInfo, IngressInfo, RouterInfo
-from experts.reports import ClusterStatus, ControllerInfo, HostReport, MemberKind, MemberReport
+from experts.reports import ClusterStatus, ControllerInfo, HostReport, MemberKind, MemberReport, PlacementStatus
+
+ALARM_S = 60.0
+"""How long an alarm counts among the problems of now."""
 
 
 def view_of(state: ControllerState, version: int) -> ClusterView:
@@ -32,8 +38,8 @@ def status_of(state: ControllerState, name: str, controller: ControllerInfo) -> 
     """Everything, with the numbers of the last reports. `controller` carries what only the process knows."""
     members = [member.report for _, member in sorted(state.members.items())]
     here = [host for name, host in state.hosts.items() if name not in state.journal.away]
-    wanted = sum(len(host.target) for host in here)
-    held = sum(len(_held(host) & host.target) for host in here)
+    wanted = sum(len(host.duty) for host in here)
+    held = sum(len(_held(host) & host.duty) for host in here)
     hosts = [host_info(host_name, host) for host_name, host in state.hosts.items()]
     inner = [report.inner_host for report in members if report.inner_host is not None]
     return ClusterStatus(
@@ -46,16 +52,48 @@ def status_of(state: ControllerState, name: str, controller: ControllerInfo) -> 
         replicas_wanted=wanted,
         draining=state.draining,
         problems=tuple(_problems(state)),
+        placement=placement_of(state),
     )
+
+
+def placement_of(state: ControllerState) -> PlacementStatus:
+    """How experts are placed and moved."""
+    trusted, goal = state.planning.trusted, state.moving.goal
+    known = trusted is not None and trusted.rows.keys() == state.moving.published.keys()
+    measured = [applied for applied in state.journal.history if applied.realised is not None]
+    last = measured[-1] if measured else None
+    return PlacementStatus(
+        rebalances=state.steering.rebalances,
+        held_by=_held_by(state),
+        is_moving=not state.moving.is_done or bool(state.journal.draining & state.hosts.keys()),
+        loading=len(state.moving.loading),
+        draining=len(state.moving.draining),
+        loaded_total=state.num_loaded,
+        given_up_total=state.num_given_up,
+        plans_total=len(state.journal.history),
+        expert_bytes=expert_bytes(state),
+        imbalance=imbalances(trusted, fleet_of(state), state.moving.published) if trusted and known else {},
+        replicas={key: len(state.journal.replicas.get(key, ())) for key in goal},
+        predicted=last.predicted if last else None,
+        realised=last.realised if last else None,
+    )
+
+
+def _held_by(state: ControllerState) -> str:
+    if not state.steering.rebalances:
+        return "rebalancing is off"
+    if state.ticked_at < state.journal.kept_until:
+        return f"a person moved experts; the load is acted upon in {state.journal.kept_until - state.ticked_at:.0f} s"
+    return doubt_load(state.load, state.moving.goal, state.ticked_at, state.steering.policy.max_age_s)
 
 
 def host_info(name: str, host: HostState) -> HostInfo:
     """A wanted host; with nothing but its name while it has never reported."""
     report = host.report
     if report is None:
-        return HostInfo(name=name, incarnation=0, address="", slots_target=len(host.target))
+        return HostInfo(name=name, incarnation=0, address="", slots_target=len(host.duty))
     return replace(
-        _inner_host_info(report), state=host_phase(host), slots=len(_held(host)), slots_target=len(host.target)
+        _inner_host_info(report), state=host_phase(host), slots=len(_held(host)), slots_target=len(host.duty)
     )
 
 
@@ -63,7 +101,7 @@ def host_phase(host: HostState) -> str:
     """loading, ready or lost."""
     if host.lost:
         return "lost"
-    return "ready" if host.report is not None and host.target <= host.report.held else "loading"
+    return "ready" if host.report is not None and host.duty <= host.report.held else "loading"
 
 
 def router_info(report: MemberReport) -> RouterInfo:
@@ -114,6 +152,10 @@ def _held(host: HostState) -> frozenset[tuple[int, int]]:
 
 
 def _problems(state: ControllerState) -> Iterator[str]:
+    yield from (text for at, text in state.alarms if state.ticked_at - at < ALARM_S)
+    if state.plan is not None:
+        # That the load is not known is told elsewhere: it may be no problem.
+        yield from (text for text in state.plan.alarms if not state.plan.held_by or state.plan.held_by not in text)
     for name, host in state.hosts.items():
         if host.lost:
             others = "; other hosts hold its experts meanwhile" if name in state.journal.away else ""

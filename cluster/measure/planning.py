@@ -10,7 +10,7 @@ from cluster.control.fleet import Fleet, HostSpec, Load
 from cluster.control.move_state import Limits
 from cluster.control.pack import pack
 from cluster.control.plan import PlanState, Policy, plan
-from cluster.control.state import Replicas
+from cluster.control.replicas import Replicas
 from cluster.simulate_placement.loads import ZipfLoad, ZipfSettings
 from cluster.simulate_placement.world import World
 

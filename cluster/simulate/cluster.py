@@ -7,10 +7,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from cluster.control.fleet import Load
 from cluster.control.pack import pack
-from cluster.control.state import Journal, Timing
+from cluster.control.plan import Policy
+from cluster.control.state import Asked as ByPersons
+from cluster.control.state import (
+    HostDrainAsked,
+    Journal,
+    MoveAsked,
+    PlanAsked,
+    RollbackAsked,
+    Steering,
+    Timing,
+)
 from cluster.simulate.control import Controller, Disk
-from cluster.simulate.faults import CONTROLLER, INGRESS, Asked, Drawn, Fault, Kind
+from cluster.simulate.faults import CONTROLLER, INGRESS, Asked, Drawn, Fault, Kind, Wish, Wished
 from cluster.simulate.host import Health, SimulatedHost
 from cluster.simulate.ingress import Client, SimulatedIngress
 from cluster.simulate.invariants import Invariants
@@ -20,7 +31,8 @@ from cluster.simulate.process import Process
 from cluster.simulate.router import SimulatedRouter
 from cluster.simulate.transport import Checks
 from cluster.simulate.world import World
-from experts.errors import HerdError, Overloaded
+from experts.errors import HerdError, HostLost, Overloaded
+from experts.host import ExpertHost
 from router.engine.request import FinishEvent, SamplingParams
 
 SLOW = 100.0
@@ -34,7 +46,7 @@ class SimulatedCluster:
     def __init__(self, world: World, drawn: Drawn, checks: Checks | None = None) -> None:
         self.world = world
         self.drawn = drawn
-        self.invariants = Invariants(world, drawn.model, drawn.num_replicas)
+        self.invariants = Invariants(world, drawn.model, len(drawn.hosts))
         self.network = Network(world=world, weather=drawn.calm)
         self.processes: dict[str, Process] = {}
         self.hosts: dict[str, SimulatedHost] = {}
@@ -53,8 +65,12 @@ class SimulatedCluster:
             hosts=drawn.hosts,
             num_replicas=drawn.num_replicas,
         )
+        self._steering = Steering(
+            num_replicas=drawn.num_replicas,
+            extra_slots=drawn.extra_slots,
+            policy=Policy(min_replicas=drawn.num_replicas),
+        )
         self._disk = Disk(Journal(digest="simulated", target=target))
-        self.target = target
 
     def start(self) -> None:
         self._start_controller()
@@ -91,6 +107,7 @@ class SimulatedCluster:
             self._disk,
             self.drawn.hosts,
             Timing(rehome=self.drawn.rehome_s),
+            self._steering,
             self._ensure_host,
             self.invariants.publishes,
         )
@@ -105,7 +122,7 @@ class SimulatedCluster:
 
     def _start_host(self, name: str) -> None:
         process = self.processes.get(name)
-        if process is not None and process.alive:
+        if (process is not None and process.alive) or self._was_drained(name):
             return
         process = self._begin(name, partial(self._start_host, name))
         self.hosts[name] = SimulatedHost(
@@ -115,7 +132,14 @@ class SimulatedCluster:
             incarnation=process.life,
             load_s=self.drawn.load_s,
             health=self._health[name],
+            peer=self._slots_of,
         )
+
+    def _slots_of(self, name: str) -> ExpertHost:
+        process = self.processes[name]
+        if not process.alive or process.stopped:
+            raise HostLost(name, "does not answer")
+        return self.hosts[name].host
 
     def _start_router(self, name: str) -> None:
         process = self._begin(name, partial(self._start_router, name))
@@ -138,6 +162,39 @@ class SimulatedCluster:
         self.ingress = SimulatedIngress(
             self.network, process, rough=self.drawn.rough_tokens, on_view=partial(self.invariants.sees, INGRESS)
         )
+
+    def _was_drained(self, name: str) -> bool:
+        """Who is told to leave is not started again."""
+        journal = self._disk.read()
+        left = journal.moves is not None and any(
+            name in names for names in (*journal.moves.goal.values(), *journal.moves.published.values())
+        )
+        return name in journal.draining and not left
+
+    # Persons
+
+    def grant(self, wished: Wished) -> None:
+        """Let a person ask when the time has come, if the controller is there."""
+        self.world.at(wished.at, partial(self._wish, wished))
+
+    def _wish(self, wished: Wished) -> None:
+        process = self.processes[CONTROLLER]
+        self.world.note("person", f"wishes {wished.wish}")
+        process.run(lambda: self.controller.ask(self._asked(wished)))
+
+    def _asked(self, wished: Wished) -> ByPersons:
+        rng, state = random.Random(wished.seed), self.controller.state
+        keys = sorted(state.moving.goal)
+        match wished.wish:
+            case Wish.MOVE:
+                return MoveAsked(key=rng.choice(keys), to=rng.choice(self.drawn.hosts))
+            case Wish.PLAN:
+                rows = {key: 1000.0 * rng.paretovariate(1.0) for key in keys}
+                return PlanAsked(load=Load(at=self.world.now, rows=rows))
+            case Wish.ROLLBACK:
+                return RollbackAsked(epoch=rng.choice((None, None, rng.randint(0, 9))))
+            case Wish.DRAIN:
+                return HostDrainAsked(name=rng.choice(self.drawn.hosts))
 
     # Clients
 
@@ -236,6 +293,9 @@ class SimulatedCluster:
         for source, target in sorted(self.network.blocked):
             self.network.mend(source, target)
         hosts, routers = self._core(rng)
+        if any(wished.wish is Wish.DRAIN for wished in self.drawn.wishes):
+            # Nobody knows yet who gets what the drained host had.
+            return hosts, routers
         for name in (*self.drawn.hosts, *self.drawn.routers):
             if name not in hosts and name not in routers and rng.random() < 0.7:
                 self._lose(rng, name)
@@ -243,10 +303,14 @@ class SimulatedCluster:
 
     def _core(self, rng: random.Random) -> tuple[list[str], list[str]]:
         """One router, and as few hosts as hold every expert."""
+        journal = self._disk.read()
+        moves = journal.moves
+        assert moves is not None
+        placements = (journal.target, moves.goal, moves.published)
         hosts = list(self.drawn.hosts)
         for name in rng.sample(hosts, len(hosts)):
             rest = set(hosts) - {name}
-            if all(rest & set(names) for names in self.target.values()):
+            if all(rest & set(names) for placement in placements for names in placement.values()):
                 hosts.remove(name)
         return hosts, [rng.choice(self.drawn.routers)]
 
@@ -265,6 +329,7 @@ class SimulatedCluster:
 
     def has_converged(self, hosts: list[str]) -> bool:
         """Whether the placement lists every replica of `hosts`."""
-        replicas = self.controller.state.placement.replicas
-        wanted = {key: set(names) & set(hosts) for key, names in self.target.items()}
-        return all(names <= set(replicas.get(key, ())) for key, names in wanted.items())
+        state = self.controller.state
+        replicas = state.placement.replicas
+        wanted = {key: set(names) & set(hosts) for key, names in state.moving.goal.items()}
+        return all(replicas.get(key) and names <= set(replicas[key]) for key, names in wanted.items())

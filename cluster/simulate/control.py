@@ -9,9 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.control.core import start, step
-from cluster.control.grpc_server import HEARTBEAT_S, TICK_S
+from cluster.control.grpc_server import HEARTBEAT_S, TICK_S, TURN_S
 from cluster.control.journal import decode, encode
+from cluster.control.load_source import ReportedLoad
 from cluster.control.state import (
+    Alarmed,
+    Asked,
     ControllerState,
     Effect,
     EnsureHost,
@@ -19,15 +22,18 @@ from cluster.control.state import (
     HostGone,
     HostReported,
     Journal,
+    LoadRead,
     MemberReported,
     PublishView,
     SendOrder,
+    Steering,
     Tick,
     Timing,
     WriteJournal,
 )
 from cluster.simulate.network import Corrupt, End, Network
 from cluster.simulate.process import Process
+from experts.errors import InvalidInput
 from experts.grpc_control import FIRST_BACKOFF_S, LAST_BACKOFF_S, REPORT_EVERY_S, SILENCE_S
 from experts.placement import ClusterView
 from experts.reports import HostOrder, HostReport, MemberReport
@@ -140,6 +146,7 @@ class Controller:
         disk: Disk,
         hosts: tuple[str, ...],
         timing: Timing,
+        steering: Steering,
         ensure_host: Callable[[str], None],
         on_publish: Callable[[ControllerState, ClusterView], None],
     ) -> None:
@@ -152,10 +159,22 @@ class Controller:
         self._members: set[int] = set()
         self._view: ClusterView | None = None
         self.state: ControllerState
-        self.state, effects = start(disk.read(), hosts, process.world.now, timing)
+        self.state, effects = start(disk.read(), hosts, process.world.now, timing, steering)
         self._carry_out(effects)
         network.listen(ADDRESS, process, self._accept)
         self._tick()
+        self._turn()
+
+    def ask(self, asked: Asked) -> None:
+        """What a person wants; InvalidInput is an answer."""
+        try:
+            self._feed(asked)
+        except InvalidInput as error:
+            self._process.note(f"refuses: {error}")
+
+    def _turn(self) -> None:
+        self._feed(LoadRead(load=ReportedLoad().read(self.state, self._process.world.now)))
+        self._process.after(TURN_S, self._turn)
 
     def _tick(self) -> None:
         self._feed(Tick())
@@ -175,6 +194,8 @@ class Controller:
                 case SendOrder(stream=stream, order=order):
                     if stream in self._streams:
                         self._streams[stream].send(order)
+                case Alarmed(text=text):
+                    self._process.note(f"alarm: {text}")
                 case EnsureHost(name=name):
                     self._process.note(f"starts {name}")
                     self._ensure_host(name)

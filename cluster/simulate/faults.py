@@ -47,6 +47,25 @@ class Fault:
         return f"{self.kind} {self.subject}{self.other and ' → ' + self.other} for {self.lasts_s:.2f} s"
 
 
+class Wish(StrEnum):
+    """What a person asks of the controller: to move an expert, to apply a plan made from some load, to undo the last
+    plan, to empty a host and end it."""
+
+    MOVE = "move"
+    PLAN = "plan"
+    ROLLBACK = "rollback"
+    DRAIN = "drain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wished:
+    """`seed` draws which expert, host or load it is about."""
+
+    at: float
+    wish: Wish
+    seed: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """A request and its client, who leaves after `patience_s`, if that is set."""
@@ -81,6 +100,8 @@ class Drawn:
     storm: Weather
     requests: tuple[Asked, ...]
     faults: tuple[Fault, ...]
+    wishes: tuple[Wished, ...]
+    extra_slots: int
 
 
 def draw(seed: int) -> Drawn:
@@ -105,6 +126,21 @@ def draw(seed: int) -> Drawn:
         storm=_storm(rng, delay_s),
         requests=_requests(rng),
         faults=_faults(rng, hosts, routers),
+        wishes=_wishes(seed),
+        extra_slots=seed % 2,
+    )
+
+
+def _wishes(seed: int) -> tuple[Wished, ...]:
+    """In two of three seeds; no host is drained twice."""
+    rng = random.Random(f"wishes {seed}")
+    kinds = [Wish.MOVE, Wish.MOVE, Wish.PLAN, Wish.PLAN, Wish.ROLLBACK]
+    number = rng.randint(1, 8) if seed % 3 else 0
+    wishes = [(rng.uniform(BEGIN_S, FAULTS_END_S), rng.choice(kinds)) for _ in range(number)]
+    if number and rng.random() < 0.3:
+        wishes.append((rng.uniform(BEGIN_S, FAULTS_END_S - 4.0), Wish.DRAIN))
+    return tuple(
+        Wished(at=at, wish=wish, seed=f"wish {seed} {index}") for index, (at, wish) in enumerate(sorted(wishes))
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,10 @@ from cluster.simulate.network import Corrupt, End, Network
 from cluster.simulate.process import Process
 from cluster.simulate.transport import Answer, Ask, Hello
 from experts.errors import DeadlinePassed, HostFailed, TransportError
+from experts.ffn import ExpertWeights
 from experts.host import ExpertHost
-from experts.reports import HostReport
+from experts.placement import ExpertKey
+from experts.reports import HostReport, Peer
 
 TOUCH_S, ROW_S = 0.0015, 0.00005
 """What a touched expert and a row of it cost."""
@@ -86,15 +89,29 @@ class SimulatedHost:
     """One life of a host: slots, the following of orders, reports, and a listener."""
 
     def __init__(
-        self, network: Network, process: Process, *, address: str, incarnation: int, load_s: float, health: Health
+        self,
+        network: Network,
+        process: Process,
+        *,
+        address: str,
+        incarnation: int,
+        load_s: float,
+        health: Health,
+        peer: Callable[[str], ExpertHost],
     ) -> None:
+        """`peer` gives the slots of another host; it raises HostLost where that is not reached."""
         self._name = process.name
         self._address = address
         self._incarnation = incarnation
         disk = SlowDisk(process.threads.sleep, load_s)
         self.host = ExpertHost(process.name, disk, HashArithmetic())
+
+        def fetch(source: Peer, key: ExpertKey, bytes_per_s: float) -> ExpertWeights:
+            process.threads.sleep(load_s / 2)
+            return peer(source.name).slot(key).weights
+
         self._follower = OrderFollower(
-            self.host, on_progress=lambda: self._link.poke(), leave=process.exit, threads=process.threads
+            self.host, on_progress=lambda: self._link.poke(), leave=process.exit, fetch=fetch, threads=process.threads
         )
         self._link = ControlLink(network, process, self.report, self._follower.take)
         HostListener(network, process, self.host, address=address, incarnation=incarnation, health=health)
@@ -102,11 +119,18 @@ class SimulatedHost:
         self._link.start()
 
     def report(self) -> HostReport:
+        result, load = self._follower.result, self.host.load_snapshot()
         return HostReport(
             name=self._name,
             incarnation=self._incarnation,
             address=self._address,
             held=self.host.held(),
-            rows_total=self.host.rows_total,
-            problem=self._follower.problem,
+            rows_total=load.rows_total,
+            problem=result.problem,
+            failed=result.failed,
+            order=result.order,
+            rows=load.rows,
+            num_shipments=load.num_shipments,
+            compute_s=load.compute_s,
+            num_damaged=self.host.num_damaged,
         )

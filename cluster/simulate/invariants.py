@@ -186,15 +186,20 @@ class Invariants:
         self._takes_only_what_is_gone(state, known)
 
     def _takes_only_what_is_gone(self, state: ControllerState, placement: Placement) -> None:
-        """A replica leaves the placement because its host lost it or is away, and not because nobody looked."""
+        """A replica leaves the placement because its host lost it or is away, or others serve in its place, and not
+        because nobody looked."""
         before, self._newest = self._newest, placement
         heard_out = self._world.now - self.controller_since >= state.timing.lost_after - 1e-6
         for key, hosts in before.replicas.items():
             for host in set(hosts) - set(placement.hosts_of(key)):
-                one = state.hosts[host]
+                one = state.hosts.get(host)
+                if one is None or (key not in one.duty and not one.lost and _holds(state, host, key)):
+                    served = bool(placement.hosts_of(key))
+                    self.check(served, lambda: f"epoch {placement.epoch} leaves {key} to nobody")  # noqa: B023
+                    continue
                 unheard = one.report is None and not heard_out
-                whole = one.report is not None and key in one.target <= one.report.held
-                if unheard or (whole and not one.lost and host in state.wanted[key]):
+                whole = one.report is not None and key in one.duty <= one.report.held
+                if unheard or (whole and not one.lost):
                     self.violated(f"epoch {placement.epoch} takes {key} from {host}, which may still hold it")
 
     def sees(self, process: str, view: ClusterView) -> None:
@@ -251,7 +256,7 @@ class Attempts:
 
 
 def _holds(state: ControllerState, host: str, key: ExpertKey) -> bool:
-    report = state.hosts[host].report
+    report = state.hosts[host].report if host in state.hosts else None
     return report is not None and key in report.held
 
 

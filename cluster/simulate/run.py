@@ -86,6 +86,8 @@ def _live(cluster: SimulatedCluster, seed: int) -> None:
         cluster.expect(asked)
     for fault in drawn.faults:
         cluster.suffer(fault)
+    for wished in drawn.wishes:
+        cluster.grant(wished)
     world.run(FAULTS_END_S)
     world.note("faults", "are over")
     hosts, routers = cluster.heal(random.Random(f"core {seed}"))
@@ -100,6 +102,8 @@ def _live(cluster: SimulatedCluster, seed: int) -> None:
 
     world.run(world.now + PATIENCE_S, stop=over)
     world.run(world.now + ECHO_S)
+    # What was lost for good may have come to be missed only now.
+    world.run(world.now + PATIENCE_S, stop=lambda: cluster.has_converged(hosts))
     invariants.judge_end()
     invariants.check(cluster.has_converged(hosts), lambda: f"the placement never lists all that {hosts} hold")
     for name in routers:

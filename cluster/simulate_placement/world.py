@@ -24,7 +24,7 @@ from cluster.control.move_state import (
     TimePassed,
 )
 from cluster.control.plan import Plan, Policy
-from cluster.control.state import Replicas
+from cluster.control.replicas import Replicas
 from cluster.simulate_placement.loads import Rows, Source
 from experts.placement import ExpertKey
 

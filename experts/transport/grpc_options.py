@@ -4,6 +4,7 @@ from __future__ import annotations
 
 SERVICE = "herd.expert.v1.ExpertHostService"
 METHOD = "Exchange"
+WEIGHTS_METHOD = "Weights"
 
 Options = list[tuple[str, int]]
 

@@ -1,4 +1,5 @@
-"""The gRPC listener of an expert host: checks hellos, answers shipments. Knows nothing of slots or placements.
+"""The gRPC listener of an expert host: checks hellos, answers shipments, gives weights to other hosts. Knows nothing
+of placements.
 
 The blocking server is used on purpose: one thread per stream answers sooner than an event loop does, and a host has
 few streams (one per router).
@@ -14,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from experts.errors import BadFrame, DeadlinePassed, InvalidInput, TransportError
+from experts.errors import BadFrame, DeadlinePassed, HostFailed, InvalidInput, TransportError
 from experts.host import ExpertHost
 from experts.link_terms import LinkTerms
 from experts.tls import ROWS_RULE, Identity, is_loopback
-from experts.transport.grpc_options import METHOD, SERVICE, server_options
+from experts.transport.grpc_options import METHOD, SERVICE, WEIGHTS_METHOD, server_options
 from experts.transport.grpc_security import listen
 from experts.wire.codec import (
     DEFAULT_MAX_MESSAGE_BYTES,
@@ -31,10 +32,13 @@ from experts.wire.codec import (
     mismatch,
 )
 from experts.wire.frames import Frame, Kind, split
+from experts.wire.weights import decode_want, encode_pieces
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_STREAMS = 64
+MAX_GIVEN = 2
+"""Experts that are given to other hosts at a time; more are refused, and come from disk."""
 
 
 def serve_expert_host(
@@ -119,6 +123,7 @@ class _Exchange:
         self._incarnation = incarnation
         self._hello = hello
         self._draining = threading.Event()
+        self._giving = threading.BoundedSemaphore(MAX_GIVEN)
         self.cut_until = 0.0
         self.busy = _Gauge()
         self.links = _Gauge()
@@ -140,6 +145,26 @@ class _Exchange:
         except BadFrame as error:
             log.warning("ended the stream of %s: %s", router, error.problem)
             yield encode_error(self._incarnation, None, error)
+
+    def weights(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """The weights of an expert for another host, in pieces, or one error."""
+        asker = context.peer()
+        self._wait_for_network()
+        if not self._giving.acquire(blocking=False):
+            yield encode_error(self._incarnation, None, HostFailed(self._host.name, "gives to others already"))
+            return
+        try:
+            key, difference = decode_want(message, self._terms, asker)
+            if difference:
+                log.warning("refused weights to %s: %s", asker, difference)
+                yield encode_mismatch(difference)
+                return
+            yield from encode_pieces(self._host.slot(key), self._incarnation)
+        except TransportError as error:
+            log.warning("gave no weights to %s: %s", asker, error.problem)
+            yield encode_error(self._incarnation, None, error)
+        finally:
+            self._giving.release()
 
     def drain(self, grace: float) -> None:
         """Begin no further shipment; return when the current ones are answered, or after `grace` seconds."""
@@ -198,8 +223,11 @@ class _Gauge:
 
 def _service(exchange: _Exchange) -> grpc.GenericRpcHandler[bytes, bytes]:
     """Frames pass gRPC as the bytes that they are: see `experts.wire.frames`."""
-    handler = grpc.stream_stream_rpc_method_handler(exchange.exchange)
-    return grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler})
+    handlers = {
+        METHOD: grpc.stream_stream_rpc_method_handler(exchange.exchange),
+        WEIGHTS_METHOD: grpc.unary_stream_rpc_method_handler(exchange.weights),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
 def _bind(server: grpc.Server, bind: str, ports: range | None, tls: Identity | None) -> int:

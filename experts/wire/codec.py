@@ -68,14 +68,18 @@ def message_bound(shipment: Shipment) -> int:
 
 def encode_hello(terms: LinkTerms, router_name: str) -> bytes:
     """A router's first message."""
-    hello = Hello(
+    return join(Header(Kind.HELLO), hello_of(terms, router_name).SerializeToString())
+
+
+def hello_of(terms: LinkTerms, name: str) -> Hello:
+    """What whoever is called `name` expects of the other end."""
+    return Hello(
         protocol_version=PROTOCOL_VERSION,
         checkpoint_digest=terms.checkpoint_digest,
         dtype=_NAME_OF[terms.dtype],
         hidden_size=terms.hidden_size,
-        router_name=router_name,
+        router_name=name,
     )
-    return join(Header(Kind.HELLO), hello.SerializeToString())
 
 
 def decode_hello(frame: Frame, peer: str) -> Hello:

@@ -33,7 +33,7 @@ class ComputeCost(_message.Message):
     def __init__(self, per_expert_s: _Optional[float] = ..., per_row_s: _Optional[float] = ...) -> None: ...
 
 class HostReport(_message.Message):
-    __slots__ = ("name", "incarnation", "address", "node", "pid", "metrics_address", "transport", "held", "rows_total", "held_bytes", "problem", "cost")
+    __slots__ = ("name", "incarnation", "address", "node", "pid", "metrics_address", "transport", "held", "rows_total", "held_bytes", "problem", "cost", "failed", "order", "rows", "num_shipments", "compute_s", "num_damaged")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,12 @@ class HostReport(_message.Message):
     HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHIPMENTS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_DAMAGED_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: int
     address: str
@@ -58,10 +64,26 @@ class HostReport(_message.Message):
     held_bytes: int
     problem: str
     cost: ComputeCost
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., transport: _Optional[str] = ..., held: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., rows_total: _Optional[int] = ..., held_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., cost: _Optional[_Union[ComputeCost, _Mapping]] = ...) -> None: ...
+    failed: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    order: int
+    rows: _containers.RepeatedCompositeFieldContainer[LayerRows]
+    num_shipments: int
+    compute_s: float
+    num_damaged: int
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., transport: _Optional[str] = ..., held: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., rows_total: _Optional[int] = ..., held_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., cost: _Optional[_Union[ComputeCost, _Mapping]] = ..., failed: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., order: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[LayerRows, _Mapping]]] = ..., num_shipments: _Optional[int] = ..., compute_s: _Optional[float] = ..., num_damaged: _Optional[int] = ...) -> None: ...
+
+class LayerRows(_message.Message):
+    __slots__ = ("layer", "experts", "rows")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HostOrder(_message.Message):
-    __slots__ = ("target", "retire", "cut_ms")
+    __slots__ = ("target", "retire", "cut_ms", "peers", "bytes_per_s", "number")
     class Target(_message.Message):
         __slots__ = ("experts",)
         EXPERTS_FIELD_NUMBER: _ClassVar[int]
@@ -70,10 +92,26 @@ class HostOrder(_message.Message):
     TARGET_FIELD_NUMBER: _ClassVar[int]
     RETIRE_FIELD_NUMBER: _ClassVar[int]
     CUT_MS_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     target: HostOrder.Target
     retire: bool
     cut_ms: int
-    def __init__(self, target: _Optional[_Union[HostOrder.Target, _Mapping]] = ..., retire: _Optional[bool] = ..., cut_ms: _Optional[int] = ...) -> None: ...
+    peers: _containers.RepeatedCompositeFieldContainer[Peer]
+    bytes_per_s: float
+    number: int
+    def __init__(self, target: _Optional[_Union[HostOrder.Target, _Mapping]] = ..., retire: _Optional[bool] = ..., cut_ms: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., bytes_per_s: _Optional[float] = ..., number: _Optional[int] = ...) -> None: ...
+
+class Peer(_message.Message):
+    __slots__ = ("name", "address", "experts")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    address: str
+    experts: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
 
 class MemberReport(_message.Message):
     __slots__ = ("kind", "name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "http", "view_version", "view_epoch", "inner_host", "problem", "max_model_len", "kv_tokens")
@@ -234,7 +272,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("name", "controller", "ingresses", "routers", "hosts", "replicas_held", "replicas_wanted", "draining", "problems")
+    __slots__ = ("name", "controller", "ingresses", "routers", "hosts", "replicas_held", "replicas_wanted", "draining", "problems", "placement")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONTROLLER_FIELD_NUMBER: _ClassVar[int]
     INGRESSES_FIELD_NUMBER: _ClassVar[int]
@@ -244,6 +282,7 @@ class StatusResponse(_message.Message):
     REPLICAS_WANTED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     controller: Controller
     ingresses: _containers.RepeatedCompositeFieldContainer[Ingress]
@@ -253,7 +292,30 @@ class StatusResponse(_message.Message):
     replicas_wanted: int
     draining: bool
     problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., controller: _Optional[_Union[Controller, _Mapping]] = ..., ingresses: _Optional[_Iterable[_Union[Ingress, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[Router, _Mapping]]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ..., replicas_held: _Optional[int] = ..., replicas_wanted: _Optional[int] = ..., draining: _Optional[bool] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    placement: PlacementStatus
+    def __init__(self, name: _Optional[str] = ..., controller: _Optional[_Union[Controller, _Mapping]] = ..., ingresses: _Optional[_Iterable[_Union[Ingress, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[Router, _Mapping]]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ..., replicas_held: _Optional[int] = ..., replicas_wanted: _Optional[int] = ..., draining: _Optional[bool] = ..., problems: _Optional[_Iterable[str]] = ..., placement: _Optional[_Union[PlacementStatus, _Mapping]] = ...) -> None: ...
+
+class PlacementStatus(_message.Message):
+    __slots__ = ("rebalances", "held_by", "is_moving", "loading", "draining", "loaded_total", "given_up_total", "predicted", "realised")
+    REBALANCES_FIELD_NUMBER: _ClassVar[int]
+    HELD_BY_FIELD_NUMBER: _ClassVar[int]
+    IS_MOVING_FIELD_NUMBER: _ClassVar[int]
+    LOADING_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LOADED_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_UP_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FIELD_NUMBER: _ClassVar[int]
+    REALISED_FIELD_NUMBER: _ClassVar[int]
+    rebalances: bool
+    held_by: str
+    is_moving: bool
+    loading: int
+    draining: int
+    loaded_total: int
+    given_up_total: int
+    predicted: float
+    realised: float
+    def __init__(self, rebalances: _Optional[bool] = ..., held_by: _Optional[str] = ..., is_moving: _Optional[bool] = ..., loading: _Optional[int] = ..., draining: _Optional[int] = ..., loaded_total: _Optional[int] = ..., given_up_total: _Optional[int] = ..., predicted: _Optional[float] = ..., realised: _Optional[float] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()
@@ -282,3 +344,132 @@ class ShutdownRequest(_message.Message):
 class ShutdownResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class LayerRates(_message.Message):
+    __slots__ = ("layer", "experts", "rows_per_s")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    rows_per_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., rows_per_s: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class PlanRequest(_message.Message):
+    __slots__ = ("apply", "load")
+    APPLY_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    apply: bool
+    load: _containers.RepeatedCompositeFieldContainer[LayerRates]
+    def __init__(self, apply: _Optional[bool] = ..., load: _Optional[_Iterable[_Union[LayerRates, _Mapping]]] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("field", "value", "rule")
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    field: str
+    value: str
+    rule: str
+    def __init__(self, field: _Optional[str] = ..., value: _Optional[str] = ..., rule: _Optional[str] = ...) -> None: ...
+
+class PlanResponse(_message.Message):
+    __slots__ = ("refusal", "text", "json")
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    refusal: Refusal
+    text: str
+    json: str
+    def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., text: _Optional[str] = ..., json: _Optional[str] = ...) -> None: ...
+
+class PlaceRequest(_message.Message):
+    __slots__ = ("move", "drain_host", "placement", "rollback")
+    class Move(_message.Message):
+        __slots__ = ("layer", "expert", "to")
+        LAYER_FIELD_NUMBER: _ClassVar[int]
+        EXPERT_FIELD_NUMBER: _ClassVar[int]
+        TO_FIELD_NUMBER: _ClassVar[int]
+        layer: int
+        expert: int
+        to: str
+        def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., to: _Optional[str] = ...) -> None: ...
+    class Rollback(_message.Message):
+        __slots__ = ("epoch",)
+        EPOCH_FIELD_NUMBER: _ClassVar[int]
+        epoch: int
+        def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+    MOVE_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_HOST_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    ROLLBACK_FIELD_NUMBER: _ClassVar[int]
+    move: PlaceRequest.Move
+    drain_host: str
+    placement: Placement
+    rollback: PlaceRequest.Rollback
+    def __init__(self, move: _Optional[_Union[PlaceRequest.Move, _Mapping]] = ..., drain_host: _Optional[str] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., rollback: _Optional[_Union[PlaceRequest.Rollback, _Mapping]] = ...) -> None: ...
+
+class PlaceResponse(_message.Message):
+    __slots__ = ("refusal", "loads", "epoch")
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    refusal: Refusal
+    loads: int
+    epoch: int
+    def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., loads: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class HistoryRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AppliedPlan(_message.Message):
+    __slots__ = ("age_s", "epoch", "loads", "moved_bytes", "before", "predicted", "realised", "took_s", "why", "is_undone")
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FIELD_NUMBER: _ClassVar[int]
+    REALISED_FIELD_NUMBER: _ClassVar[int]
+    TOOK_S_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    IS_UNDONE_FIELD_NUMBER: _ClassVar[int]
+    age_s: float
+    epoch: int
+    loads: int
+    moved_bytes: int
+    before: float
+    predicted: float
+    realised: float
+    took_s: float
+    why: str
+    is_undone: bool
+    def __init__(self, age_s: _Optional[float] = ..., epoch: _Optional[int] = ..., loads: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., before: _Optional[float] = ..., predicted: _Optional[float] = ..., realised: _Optional[float] = ..., took_s: _Optional[float] = ..., why: _Optional[str] = ..., is_undone: _Optional[bool] = ...) -> None: ...
+
+class HistoryResponse(_message.Message):
+    __slots__ = ("plans",)
+    PLANS_FIELD_NUMBER: _ClassVar[int]
+    plans: _containers.RepeatedCompositeFieldContainer[AppliedPlan]
+    def __init__(self, plans: _Optional[_Iterable[_Union[AppliedPlan, _Mapping]]] = ...) -> None: ...
+
+class RowsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RowsResponse(_message.Message):
+    __slots__ = ("hosts", "experts")
+    class Counted(_message.Message):
+        __slots__ = ("host", "incarnation", "rows")
+        HOST_FIELD_NUMBER: _ClassVar[int]
+        INCARNATION_FIELD_NUMBER: _ClassVar[int]
+        ROWS_FIELD_NUMBER: _ClassVar[int]
+        host: str
+        incarnation: int
+        rows: _containers.RepeatedCompositeFieldContainer[LayerRows]
+        def __init__(self, host: _Optional[str] = ..., incarnation: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[LayerRows, _Mapping]]] = ...) -> None: ...
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    hosts: _containers.RepeatedCompositeFieldContainer[RowsResponse.Counted]
+    experts: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    def __init__(self, hosts: _Optional[_Iterable[_Union[RowsResponse.Counted, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...

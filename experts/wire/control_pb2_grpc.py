@@ -59,6 +59,26 @@ class ControlServiceStub:
                 request_serializer=experts_dot_wire_dot_control__pb2.CutRequest.SerializeToString,
                 response_deserializer=experts_dot_wire_dot_control__pb2.CutResponse.FromString,
                 _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/herd.control.v1.ControlService/Plan',
+                request_serializer=experts_dot_wire_dot_control__pb2.PlanRequest.SerializeToString,
+                response_deserializer=experts_dot_wire_dot_control__pb2.PlanResponse.FromString,
+                _registered_method=True)
+        self.Place = channel.unary_unary(
+                '/herd.control.v1.ControlService/Place',
+                request_serializer=experts_dot_wire_dot_control__pb2.PlaceRequest.SerializeToString,
+                response_deserializer=experts_dot_wire_dot_control__pb2.PlaceResponse.FromString,
+                _registered_method=True)
+        self.History = channel.unary_unary(
+                '/herd.control.v1.ControlService/History',
+                request_serializer=experts_dot_wire_dot_control__pb2.HistoryRequest.SerializeToString,
+                response_deserializer=experts_dot_wire_dot_control__pb2.HistoryResponse.FromString,
+                _registered_method=True)
+        self.Rows = channel.unary_unary(
+                '/herd.control.v1.ControlService/Rows',
+                request_serializer=experts_dot_wire_dot_control__pb2.RowsRequest.SerializeToString,
+                response_deserializer=experts_dot_wire_dot_control__pb2.RowsResponse.FromString,
+                _registered_method=True)
         self.Shutdown = channel.unary_unary(
                 '/herd.control.v1.ControlService/Shutdown',
                 request_serializer=experts_dot_wire_dot_control__pb2.ShutdownRequest.SerializeToString,
@@ -104,6 +124,34 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Plan(self, request, context):
+        """What would be planned now, or is planned and applied.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Place(self, request, context):
+        """What a person wants of the placement; it is begun when this returns.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def History(self, request, context):
+        """The plans that were applied.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rows(self, request, context):
+        """How many rows each expert has had, for a trace.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Shutdown(self, request, context):
         """End all hosts, then the controller itself, for good.
         """
@@ -138,6 +186,26 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.Cut,
                     request_deserializer=experts_dot_wire_dot_control__pb2.CutRequest.FromString,
                     response_serializer=experts_dot_wire_dot_control__pb2.CutResponse.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=experts_dot_wire_dot_control__pb2.PlanRequest.FromString,
+                    response_serializer=experts_dot_wire_dot_control__pb2.PlanResponse.SerializeToString,
+            ),
+            'Place': grpc.unary_unary_rpc_method_handler(
+                    servicer.Place,
+                    request_deserializer=experts_dot_wire_dot_control__pb2.PlaceRequest.FromString,
+                    response_serializer=experts_dot_wire_dot_control__pb2.PlaceResponse.SerializeToString,
+            ),
+            'History': grpc.unary_unary_rpc_method_handler(
+                    servicer.History,
+                    request_deserializer=experts_dot_wire_dot_control__pb2.HistoryRequest.FromString,
+                    response_serializer=experts_dot_wire_dot_control__pb2.HistoryResponse.SerializeToString,
+            ),
+            'Rows': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rows,
+                    request_deserializer=experts_dot_wire_dot_control__pb2.RowsRequest.FromString,
+                    response_serializer=experts_dot_wire_dot_control__pb2.RowsResponse.SerializeToString,
             ),
             'Shutdown': grpc.unary_unary_rpc_method_handler(
                     servicer.Shutdown,
@@ -280,6 +348,114 @@ class ControlService:
             '/herd.control.v1.ControlService/Cut',
             experts_dot_wire_dot_control__pb2.CutRequest.SerializeToString,
             experts_dot_wire_dot_control__pb2.CutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/herd.control.v1.ControlService/Plan',
+            experts_dot_wire_dot_control__pb2.PlanRequest.SerializeToString,
+            experts_dot_wire_dot_control__pb2.PlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Place(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/herd.control.v1.ControlService/Place',
+            experts_dot_wire_dot_control__pb2.PlaceRequest.SerializeToString,
+            experts_dot_wire_dot_control__pb2.PlaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def History(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/herd.control.v1.ControlService/History',
+            experts_dot_wire_dot_control__pb2.HistoryRequest.SerializeToString,
+            experts_dot_wire_dot_control__pb2.HistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/herd.control.v1.ControlService/Rows',
+            experts_dot_wire_dot_control__pb2.RowsRequest.SerializeToString,
+            experts_dot_wire_dot_control__pb2.RowsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,23 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65xperts/wire/expert.proto\x12\x0eherd.expert.v1\"\x8c\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11\x63heckpoint_digest\x18\x02 \x01(\t\x12$\n\x05\x64type\x18\x03 \x01(\x0e\x32\x15.herd.expert.v1.Dtype\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x13\n\x0brouter_name\x18\x05 \x01(\t\"N\n\tHostHello\x12\x11\n\thost_name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\x04\"*\n\tExpertKey\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\"\xeb\x01\n\x05\x45rror\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.herd.expert.v1.Error.Kind\x12*\n\x07missing\x18\x02 \x03(\x0b\x32\x19.herd.expert.v1.ExpertKey\x12\x0f\n\x07message\x18\x03 \x01(\t\"{\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fKIND_NOT_HOSTED\x10\x01\x12\x0f\n\x0bKIND_FAILED\x10\x02\x12\x12\n\x0eKIND_BAD_FRAME\x10\x03\x12\x11\n\rKIND_MISMATCH\x10\x04\x12\x10\n\x0cKIND_EXPIRED\x10\x05*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65xperts/wire/expert.proto\x12\x0eherd.expert.v1\"\x8c\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11\x63heckpoint_digest\x18\x02 \x01(\t\x12$\n\x05\x64type\x18\x03 \x01(\x0e\x32\x15.herd.expert.v1.Dtype\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x13\n\x0brouter_name\x18\x05 \x01(\t\"T\n\x04Want\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.herd.expert.v1.Hello\x12&\n\x03key\x18\x02 \x01(\x0b\x32\x19.herd.expert.v1.ExpertKey\"]\n\x05Piece\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x18\n\x10gate_up_checksum\x18\x03 \x01(\r\x12\x15\n\rdown_checksum\x18\x04 \x01(\r\"N\n\tHostHello\x12\x11\n\thost_name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\x04\"*\n\tExpertKey\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\"\xeb\x01\n\x05\x45rror\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.herd.expert.v1.Error.Kind\x12*\n\x07missing\x18\x02 \x03(\x0b\x32\x19.herd.expert.v1.ExpertKey\x12\x0f\n\x07message\x18\x03 \x01(\t\"{\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fKIND_NOT_HOSTED\x10\x01\x12\x0f\n\x0bKIND_FAILED\x10\x02\x12\x12\n\x0eKIND_BAD_FRAME\x10\x03\x12\x11\n\rKIND_MISMATCH\x10\x04\x12\x10\n\x0cKIND_EXPIRED\x10\x05*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'experts.wire.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=550
-  _globals['_DTYPE']._serialized_end=638
+  _globals['_DTYPE']._serialized_start=731
+  _globals['_DTYPE']._serialized_end=819
   _globals['_HELLO']._serialized_start=46
   _globals['_HELLO']._serialized_end=186
-  _globals['_HOSTHELLO']._serialized_start=188
-  _globals['_HOSTHELLO']._serialized_end=266
-  _globals['_EXPERTKEY']._serialized_start=268
-  _globals['_EXPERTKEY']._serialized_end=310
-  _globals['_ERROR']._serialized_start=313
-  _globals['_ERROR']._serialized_end=548
-  _globals['_ERROR_KIND']._serialized_start=425
-  _globals['_ERROR_KIND']._serialized_end=548
+  _globals['_WANT']._serialized_start=188
+  _globals['_WANT']._serialized_end=272
+  _globals['_PIECE']._serialized_start=274
+  _globals['_PIECE']._serialized_end=367
+  _globals['_HOSTHELLO']._serialized_start=369
+  _globals['_HOSTHELLO']._serialized_end=447
+  _globals['_EXPERTKEY']._serialized_start=449
+  _globals['_EXPERTKEY']._serialized_end=491
+  _globals['_ERROR']._serialized_start=494
+  _globals['_ERROR']._serialized_end=729
+  _globals['_ERROR_KIND']._serialized_start=606
+  _globals['_ERROR_KIND']._serialized_end=729
 # @@protoc_insertion_point(module_scope)

@@ -32,6 +32,26 @@ class Hello(_message.Message):
     router_name: str
     def __init__(self, protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., hidden_size: _Optional[int] = ..., router_name: _Optional[str] = ...) -> None: ...
 
+class Want(_message.Message):
+    __slots__ = ("hello", "key")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    key: ExpertKey
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., key: _Optional[_Union[ExpertKey, _Mapping]] = ...) -> None: ...
+
+class Piece(_message.Message):
+    __slots__ = ("offset", "total_bytes", "gate_up_checksum", "down_checksum")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GATE_UP_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    DOWN_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    total_bytes: int
+    gate_up_checksum: int
+    down_checksum: int
+    def __init__(self, offset: _Optional[int] = ..., total_bytes: _Optional[int] = ..., gate_up_checksum: _Optional[int] = ..., down_checksum: _Optional[int] = ...) -> None: ...
+
 class HostHello(_message.Message):
     __slots__ = ("host_name", "incarnation", "max_message_bytes")
     HOST_NAME_FIELD_NUMBER: _ClassVar[int]

@@ -29,6 +29,8 @@ class Kind(IntEnum):
     SHIPMENT = 3
     RESULT = 4
     ERROR = 5
+    WANT = 6
+    PIECE = 7
 
 
 class Header(NamedTuple):

@@ -6,12 +6,21 @@ Each pair `x_to_wire` / `x_from_wire` is its own inverse, whatever the order of 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import isfinite
 from types import MappingProxyType
 
 from experts.placement import ClusterView, ComputeCost, ExpertKey, HostInfo, IngressInfo, Placement, RouterInfo
-from experts.reports import ClusterStatus, ControllerInfo, HostOrder, HostReport, MemberKind, MemberReport
+from experts.reports import (
+    ClusterStatus,
+    ControllerInfo,
+    HostOrder,
+    HostReport,
+    MemberKind,
+    MemberReport,
+    Peer,
+    PlacementStatus,
+)
 from experts.wire import control_pb2 as pb
 
 _KIND_TO_WIRE = {
@@ -24,7 +33,7 @@ _KIND_FROM_WIRE = {number: kind for kind, number in _KIND_TO_WIRE.items()}
 def view_to_wire(view: ClusterView) -> pb.ClusterView:
     return pb.ClusterView(
         version=view.version,
-        placement=_placement_to_wire(view.placement),
+        placement=placement_to_wire(view.placement),
         hosts=[_host_to_wire(host) for host in view.hosts.values()],
         routers=[_router_to_wire(router) for router in view.routers.values()],
         draining=view.draining,
@@ -35,7 +44,7 @@ def view_from_wire(message: pb.ClusterView) -> ClusterView:
     """Raises ValueError when a replica names a host index that the message does not have."""
     return ClusterView(
         version=message.version,
-        placement=_placement_from_wire(message.placement),
+        placement=placement_from_wire(message.placement),
         hosts=MappingProxyType({host.name: _host_from_wire(host) for host in message.hosts}),
         routers=MappingProxyType({router.name: _router_from_wire(router) for router in message.routers}),
         draining=message.draining,
@@ -56,10 +65,19 @@ def host_report_to_wire(report: HostReport) -> pb.HostReport:
         held_bytes=report.held_bytes,
         problem=report.problem,
         cost=_cost_to_wire(report.cost),
+        failed=keys_to_wire(report.failed),
+        order=report.order,
+        rows=rows_to_wire(report.rows),
+        num_shipments=report.num_shipments,
+        compute_s=report.compute_s,
+        num_damaged=report.num_damaged,
     )
 
 
 def host_report_from_wire(message: pb.HostReport) -> HostReport:
+    """Raises ValueError when counters are no numbers, or not as many as their experts."""
+    if not (isfinite(message.compute_s) and message.compute_s >= 0):
+        raise ValueError("a host's time computing must be a number of at least 0")
     return HostReport(
         name=message.name,
         incarnation=message.incarnation,
@@ -73,19 +91,67 @@ def host_report_from_wire(message: pb.HostReport) -> HostReport:
         held_bytes=message.held_bytes,
         problem=message.problem,
         cost=_cost_from_wire(message.cost) if message.HasField("cost") else None,
+        failed=keys_from_wire(message.failed),
+        order=message.order,
+        rows=rows_from_wire(message.rows),
+        num_shipments=message.num_shipments,
+        compute_s=message.compute_s,
+        num_damaged=message.num_damaged,
+    )
+
+
+def rows_to_wire(rows: Mapping[ExpertKey, int]) -> list[pb.LayerRows]:
+    layers: dict[int, pb.LayerRows] = {}
+    for (layer, expert), number in sorted(rows.items()):
+        message = layers.setdefault(layer, pb.LayerRows(layer=layer))
+        message.experts.append(expert)
+        message.rows.append(number)
+    return list(layers.values())
+
+
+def rows_from_wire(messages: Iterable[pb.LayerRows]) -> Mapping[ExpertKey, int]:
+    """Raises ValueError when the two lists are not as long."""
+    return MappingProxyType(
+        {
+            (message.layer, expert): number
+            for message in messages
+            for expert, number in zip(message.experts, message.rows, strict=True)
+        }
     )
 
 
 def order_to_wire(order: HostOrder) -> pb.HostOrder:
     target = pb.HostOrder.Target(experts=keys_to_wire(order.target))
-    return pb.HostOrder(target=target, retire=order.retire)
+    by_peer: dict[Peer, list[ExpertKey]] = defaultdict(list)
+    for key, peer in sorted(order.peers.items()):
+        by_peer[peer].append(key)
+    return pb.HostOrder(
+        target=target,
+        retire=order.retire,
+        peers=[
+            pb.Peer(name=peer.name, address=peer.address, experts=keys_to_wire(keys)) for peer, keys in by_peer.items()
+        ],
+        bytes_per_s=order.bytes_per_s,
+        number=order.number,
+    )
 
 
 def order_from_wire(message: pb.HostOrder) -> HostOrder | None:
     """None for a message that only says the controller is there."""
     if not message.HasField("target"):
         return None
-    return HostOrder(target=keys_from_wire(message.target.experts), retire=message.retire)
+    peers = {
+        key: Peer(name=peer.name, address=peer.address)
+        for peer in message.peers
+        for key in keys_from_wire(peer.experts)
+    }
+    return HostOrder(
+        target=keys_from_wire(message.target.experts),
+        retire=message.retire,
+        peers=MappingProxyType(peers),
+        bytes_per_s=message.bytes_per_s if isfinite(message.bytes_per_s) else 0.0,
+        number=message.number,
+    )
 
 
 def member_report_to_wire(report: MemberReport) -> pb.MemberReport:
@@ -154,6 +220,17 @@ def status_to_wire(status: ClusterStatus) -> pb.StatusResponse:
         replicas_wanted=status.replicas_wanted,
         draining=status.draining,
         problems=status.problems,
+        placement=pb.PlacementStatus(
+            rebalances=status.placement.rebalances,
+            held_by=status.placement.held_by,
+            is_moving=status.placement.is_moving,
+            loading=status.placement.loading,
+            draining=status.placement.draining,
+            loaded_total=status.placement.loaded_total,
+            given_up_total=status.placement.given_up_total,
+            predicted=status.placement.predicted,
+            realised=status.placement.realised,
+        ),
     )
 
 
@@ -177,6 +254,22 @@ def status_from_wire(message: pb.StatusResponse) -> ClusterStatus:
         replicas_wanted=message.replicas_wanted,
         draining=message.draining,
         problems=tuple(message.problems),
+        placement=_placing_from_wire(message.placement),
+    )
+
+
+def _placing_from_wire(message: pb.PlacementStatus) -> PlacementStatus:
+    """What commands need of it; numbers by expert stay with the controller."""
+    return PlacementStatus(
+        rebalances=message.rebalances,
+        held_by=message.held_by,
+        is_moving=message.is_moving,
+        loading=message.loading,
+        draining=message.draining,
+        loaded_total=message.loaded_total,
+        given_up_total=message.given_up_total,
+        predicted=message.predicted if message.HasField("predicted") else None,
+        realised=message.realised if message.HasField("realised") else None,
     )
 
 
@@ -192,7 +285,7 @@ def keys_from_wire(layers: Iterable[pb.LayerExperts]) -> frozenset[ExpertKey]:
     return frozenset((entry.layer, expert) for entry in layers for expert in entry.experts)
 
 
-def _placement_to_wire(placement: Placement) -> pb.Placement:
+def placement_to_wire(placement: Placement) -> pb.Placement:
     names = sorted({name for hosts in placement.replicas.values() for name in hosts})
     index = {name: position for position, name in enumerate(names)}
     return pb.Placement(
@@ -205,7 +298,7 @@ def _placement_to_wire(placement: Placement) -> pb.Placement:
     )
 
 
-def _placement_from_wire(message: pb.Placement) -> Placement:
+def placement_from_wire(message: pb.Placement) -> Placement:
     names = tuple(message.host_names)
     replicas: dict[ExpertKey, tuple[str, ...]] = {}
     for replica in message.replicas:

@@ -19,7 +19,7 @@ from cluster.controller_process import plan_target
 from cluster.host_process import HostProcess, tell_failure
 from cluster.tiny import make_tiny
 from experts.errors import ControllerUnreachable, InvalidInput
-from experts.grpc_control import fetch_status
+from experts.grpc_control import ask_move, ask_rollback, fetch_history, fetch_status
 from experts.placement import HostInfo
 
 PATIENCE_S = 60.0
@@ -105,6 +105,38 @@ def test_a_host_loads_what_it_is_ordered_to_and_tells(world: World) -> None:
     seen = world.seen("host-0")
     assert (seen.slots, seen.slots_target, seen.address) == (len(mine), len(mine), process.address)
     assert process.report().held_bytes > 0
+
+
+def test_an_expert_moves_from_host_to_host_without_the_disk(world: World, model_dir: Path) -> None:
+    first, second = world.host("host-0"), world.host("host-1")
+    for name in ("host-0", "host-1"):
+        until(lambda name=name: world.seen(name).state == "ready", "all is loaded")
+    key = min(first.host.held())
+    before = first.host.slot(key)
+    for file in world.settings.model_dir.glob("*.safetensors"):
+        file.unlink()
+    loads, epoch = ask_move(world.address, key, "host-1")
+    assert loads == 1
+    until(lambda: key in second.host.held() and key not in first.host.held(), "it has moved")
+    assert second.host.slot(key).checksum == before.checksum
+    status = fetch_status(world.address)
+    assert status.controller.epoch > epoch and not status.placement.given_up_total
+    ask_rollback(world.address, None)
+    until(lambda: key in first.host.held() and key not in second.host.held(), "it is back")
+    assert [plan.is_undone for plan in fetch_history(world.address)] == [True, True]
+    with pytest.raises(InvalidInput, match="must be one of host-0, host-1"):
+        ask_move(world.address, key, "host-7")
+
+
+def test_a_turned_bit_is_found_and_mended(world: World) -> None:
+    process = world.host("host-0")
+    until(lambda: world.seen("host-0").state == "ready", "all is loaded")
+    key = max(process.host.held())
+    slot = process.host.slot(key)
+    slot.weights.down_HF.view(torch.uint8)[0, 0] ^= 4
+    until(lambda: process.report().num_damaged == 1, "it is found")
+    until(lambda: key in process.host.held(), "it is loaded anew")
+    assert process.host.slot(key).checksum == slot.checksum and process.host.slot(key) is not slot
 
 
 def test_two_lives_of_one_host_do_not_meet(world: World) -> None:

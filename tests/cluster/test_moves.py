@@ -28,7 +28,7 @@ from cluster.control.move_state import (
 )
 from cluster.control.moves import moves, resume, seen, step, to_hold
 from cluster.control.pack import target_by_host
-from cluster.control.state import Replicas
+from cluster.control.replicas import Replicas
 from experts.errors import InvalidInput
 from experts.placement import ExpertKey
 

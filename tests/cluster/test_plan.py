@@ -12,8 +12,8 @@ from cluster.control.explain import as_json, as_text
 from cluster.control.fleet import Fleet, HostSpec, Load
 from cluster.control.pack import pack
 from cluster.control.plan import Plan, PlanState, Policy, plan
+from cluster.control.replicas import Replicas
 from cluster.control.scale import Scaling
-from cluster.control.state import Replicas
 from experts.errors import InvalidInput
 from experts.placement import ExpertKey
 

@@ -9,7 +9,7 @@ from exact_placement import best_placement, best_split
 
 from cluster.control.fleet import Fleet, HostSpec, Load
 from cluster.control.plan import Plan, PlanState, Policy, plan
-from cluster.control.state import Replicas
+from cluster.control.replicas import Replicas
 
 DRAWS = 40
 SOLVED = 5

@@ -15,7 +15,7 @@ import pytest
 
 from cluster.cli import main
 from cluster.control.core import start
-from cluster.control.state import ControllerState, Effect, Journal, Timing
+from cluster.control.state import ControllerState, Effect, Journal, Steering, Timing
 from cluster.simulate.faults import FAULTS_END_S, Kind, draw
 from cluster.simulate.run import Outcome, parse_seeds, run_seed
 from cluster.simulate.transport import Checks
@@ -86,15 +86,15 @@ def _ignore_lost_rows(self: RemotePending) -> dict[int, tuple[tuple[int, int], .
 
 
 def _forget_epoch(
-    journal: Journal, hosts: Iterable[str], now: float, timing: Timing | None = None
+    journal: Journal, hosts: Iterable[str], now: float, timing: Timing | None = None, steering: Steering | None = None
 ) -> tuple[ControllerState, list[Effect]]:
-    return start(replace(journal, epoch=0), hosts, now, timing)
+    return start(replace(journal, epoch=0), hosts, now, timing, steering)
 
 
 def _forget_that_it_waits(
-    journal: Journal, hosts: Iterable[str], now: float, timing: Timing | None = None
+    journal: Journal, hosts: Iterable[str], now: float, timing: Timing | None = None, steering: Steering | None = None
 ) -> tuple[ControllerState, list[Effect]]:
-    state, effects = start(journal, hosts, now, timing)
+    state, effects = start(journal, hosts, now, timing, steering)
     return replace(state, hold_until=now), effects
 
 

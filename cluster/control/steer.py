@@ -1,0 +1,305 @@
+"""Brings the control loop and hosts together: what moves knows becomes orders, what hosts report becomes its events.
+
+`ControllerState.moving` is the one owner of where an expert shall be. A host that stays away, a plan, a person: each
+of them only sets a goal for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from statistics import median
+from types import MappingProxyType
+
+from cluster.control.draft import Replica
+from cluster.control.fleet import Fleet, HostSpec, Load
+from cluster.control.loop import LoopState, turn
+from cluster.control.move_state import (
+    Alarm,
+    Goal,
+    HostAway,
+    Loaded,
+    Loading,
+    MoveEffect,
+    MoveEvent,
+    MoveState,
+    NotLoaded,
+    TimePassed,
+    same_replicas,
+)
+from cluster.control.moves import resume, seen, step, to_hold
+from cluster.control.pack import target_by_host
+from cluster.control.plan import Plan, PlanState, plan
+from cluster.control.rehome import rehome
+from cluster.control.replicas import Replicas
+from cluster.control.state import Alarmed, ControllerState, Effect, HostState
+from experts.placement import ExpertKey
+
+MOST_ALARMS = 20
+
+
+def advance(state: ControllerState, now: float, effects: list[Effect]) -> ControllerState:
+    """Take in what hosts said and that time passed, for whatever moves."""
+    if not state.is_resumed:
+        return state
+    if state.moving.is_done:
+        return state
+    for event in (*_heard(state), TimePassed()):
+        if isinstance(event, Loaded):
+            state = _serves(state, event.replica)
+        state = move(state, event, now, effects)
+    return state
+
+
+def resume_moves(state: ControllerState, now: float) -> ControllerState:
+    """Every host that lives has said what it holds, or had the time to: go on where the last life stopped."""
+    # What a host shall serve and does not hold, it is loading by itself.
+    known = state.moving.published.keys()
+    held = {name: (_held(host) | host.duty) & known for name, host in state.hosts.items()}
+    moving = resume(state.moving, held, now, state.steering.limits)
+    return _with_moving(replace(state, is_resumed=True, planning=cooling(state)), moving)
+
+
+def take_turn(state: ControllerState, load: Load | None, now: float, effects: list[Effect]) -> ControllerState:
+    """One turn of the control loop."""
+    if not state.is_resumed or not state.moving.goal:
+        return state
+    steering, journal = state.steering, state.journal
+    loop = LoopState(
+        # What a plan is remembered by is the epoch that was published when it was made.
+        moving=replace(state.moving, epoch=journal.epoch),
+        planning=state.planning,
+        history=journal.history,
+        planned_at=state.planned_at,
+    )
+    loop, decided = turn(
+        loop,
+        load,
+        fleet_of(state),
+        steering.policy,
+        steering.limits,
+        now,
+        rebalances=steering.rebalances and now >= journal.kept_until,
+        down=down(state),
+    )
+    made = decided.plan
+    if made is not None and made.is_change:
+        journal = replace(journal, target=made.target)
+    if loop.history is not journal.history:
+        journal = replace(journal, history=loop.history)
+    state = replace(
+        state,
+        journal=journal,
+        planning=loop.planning,
+        planned_at=loop.planned_at,
+        load=load,
+        plan=made or state.plan,
+    )
+    return _with_moving(_alarm(state, decided.effects, now, effects), loop.moving)
+
+
+def preview(state: ControllerState, load: Load | None, now: float) -> Plan:
+    """What would be planned now from `load`, or from what was measured last where that is None, without patience."""
+    steering = state.steering
+    planning = replace(state.planning, uneven_since=None, futile=MappingProxyType({}))
+    policy = replace(steering.policy, settle_s=0.0)
+    fleet = fleet_of(state)
+    placement = {key: tuple(name for name in names if name in fleet.hosts) for key, names in state.moving.goal.items()}
+    return plan(load or state.load, fleet, placement, policy, planning, now)[0]
+
+
+def aim(state: ControllerState, target: Replicas, now: float, effects: list[Effect]) -> ControllerState:
+    """Let experts be where `target` says, as far as hosts are there."""
+    state = replace(state, journal=replace(state.journal, target=MappingProxyType(dict(target))))
+    return move(state, Goal(replicas=_reachable(state)), now, effects)
+
+
+def lose_hosts(state: ControllerState, names: Iterable[str], now: float, effects: list[Effect]) -> ControllerState:
+    """Give what hosts had that stay away to others, until they are back."""
+    names = sorted(names)
+    state = replace(state, journal=replace(state.journal, away=state.journal.away | set(names)))
+    for name in names:
+        state = move(state, HostAway(name=name), now, effects)
+    return move(state, Goal(replicas=_reachable(state)), now, effects)
+
+
+def welcome_hosts(state: ControllerState, names: Iterable[str], now: float, effects: list[Effect]) -> ControllerState:
+    """Hosts that were away are there: they get what is theirs, and keep what they still have of it."""
+    names = frozenset(names)
+    state = replace(state, journal=replace(state.journal, away=state.journal.away - names))
+    state = move(state, Goal(replicas=_reachable(state)), now, effects)
+    moving, limits = state.moving, state.steering.limits
+    kept = {
+        (key, name): Loading(source="", deadline=now + limits.deadline_s(expert_bytes(state)))
+        for key, where in moving.goal.items()
+        for name in names.intersection(where)
+        if key in _held(state.hosts[name]) and name not in moving.published[key]
+    }
+    loading = MappingProxyType({**kept, **moving.loading})
+    return _with_moving(state, replace(moving, loading=loading))
+
+
+def move(state: ControllerState, event: MoveEvent, now: float, effects: list[Effect]) -> ControllerState:
+    """Let one event happen to what moves."""
+    limits = state.steering.limits
+    moving, more = step(state.moving, event, fleet_of(state), limits, now, down(state))
+    if isinstance(event, Loaded) and event.replica in state.moving.loading:
+        state = replace(state, num_loaded=state.num_loaded + 1)
+    return _with_moving(_alarm(state, more, now, effects), moving)
+
+
+def fleet_of(state: ControllerState) -> Fleet:
+    """The hosts that are not away. Each has room for its share, what it is given anyway, and the extra slots."""
+    journal, steering, goal = state.journal, state.steering, state.moving.goal
+    present = [name for name in state.hosts if name not in journal.away]
+    staying = [name for name in present if name not in journal.draining]
+    share = math.ceil(len(goal) * min(steering.num_replicas, max(1, len(staying))) / max(1, len(staying)))
+    room = share + steering.extra_slots * len({layer for layer, _ in goal})
+    given = Counter(name for names in goal.values() for name in names)
+    costs = _costs(state, present)
+    return Fleet.of(
+        [
+            HostSpec(
+                name=name,
+                slots=max(room, given[name]),
+                row_s=costs[name][0],
+                touch_s=costs[name][1],
+                node=_node(state.hosts[name]),
+                draining=name in journal.draining,
+            )
+            for name in present
+        ],
+        expert_bytes(state),
+    )
+
+
+def down(state: ControllerState) -> frozenset[Replica]:
+    """Published replicas that their hosts do not hold just now."""
+    return frozenset(
+        (key, name)
+        for name, host in state.hosts.items()
+        if not host.duty <= host.serving
+        for key in host.duty - host.serving
+    )
+
+
+def cooling(state: ControllerState) -> PlanState:
+    """What the plans of the history added and removed stays so for a while."""
+    added: dict[Replica, float] = {}
+    removed: dict[Replica, float] = {}
+    for applied in state.journal.history:
+        for key, before, after in applied.changes:
+            added.update(((key, name), applied.at) for name in after if name not in before)
+            removed.update(((key, name), applied.at) for name in before if name not in after)
+    return replace(state.planning, added=MappingProxyType(added), removed=MappingProxyType(removed))
+
+
+def expert_bytes(state: ControllerState) -> int:
+    reports = [host.report for host in state.hosts.values() if host.report is not None and host.report.held]
+    return max((report.held_bytes // len(report.held) for report in reports), default=0) or 1
+
+
+def with_targets(state: ControllerState) -> ControllerState:
+    """Tell each host's state what it shall hold and serve."""
+    hold = target_by_host(to_hold(state.moving), state.hosts)
+    duty = target_by_host(state.moving.published, state.hosts)
+    hosts = {
+        name: host
+        if (host.target, host.duty) == (hold[name], duty[name])
+        else replace(host, target=hold[name], duty=duty[name])
+        for name, host in state.hosts.items()
+    }
+    return replace(state, hosts=MappingProxyType(hosts))
+
+
+def _with_moving(state: ControllerState, moving: MoveState) -> ControllerState:
+    """The journal is written only for what the next life needs to know."""
+    before = state.moving
+    state = replace(state, moving=moving)
+    same = (
+        dict(before.loading) == dict(moving.loading)
+        and dict(before.draining) == dict(moving.draining)
+        and same_replicas(before.goal, moving.goal)
+        and same_replicas(before.published, moving.published)
+    )
+    if same and state.journal.moves is not None:
+        return state
+    return with_targets(replace(state, journal=replace(state.journal, moves=moving)))
+
+
+def _heard(state: ControllerState) -> Iterator[MoveEvent]:
+    """What hosts' reports mean for the loads under way. A report counts once it is of the order that said so."""
+    heard = {
+        name: host.report
+        for name in dict.fromkeys(name for _, name in state.moving.loading)
+        if (host := state.hosts.get(name)) is not None
+        and host.report is not None
+        and host.ordered is not None
+        and not host.lost
+        and host.report.order == host.ordered.number
+    }
+    yield from seen(state.moving, {name: report.held for name, report in heard.items()})
+    for key, name in state.moving.loading:
+        if name in heard and key in heard[name].failed:
+            yield NotLoaded(replica=(key, name), why=heard[name].problem)
+
+
+def _serves(state: ControllerState, replica: Replica) -> ControllerState:
+    """A host that has been given back what it had still has it, however little it had to hold when it told so."""
+    key, name = replica
+    host = state.hosts[name]
+    if key in host.serving:
+        return state
+    return replace(state, hosts=MappingProxyType({**state.hosts, name: replace(host, serving=host.serving | {key})}))
+
+
+def _reachable(state: ControllerState) -> Replicas:
+    """The target, with the experts of hosts that are away given to those that stay."""
+    journal = state.journal
+    heirs = [name for name in state.hosts if name not in journal.draining]
+    return MappingProxyType(dict(rehome(journal.target, journal.away, heirs)))
+
+
+def _alarm(state: ControllerState, moved: Iterable[MoveEffect], now: float, effects: list[Effect]) -> ControllerState:
+    texts = [effect.text for effect in moved if isinstance(effect, Alarm)]
+    if not texts:
+        return state
+    effects += [Alarmed(text=text) for text in texts]
+    alarms = (*state.alarms, *((now, text) for text in texts))[-MOST_ALARMS:]
+    return replace(state, alarms=alarms, num_given_up=state.num_given_up + len(texts))
+
+
+def _costs(state: ControllerState, names: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """Seconds per row and per touched expert. Hosts of one node are alike: what differs between them is how busy it
+    was when they measured."""
+    names = list(names)
+    by_node: dict[str, list[tuple[float, float]]] = {}
+    for name in names:
+        report = state.hosts[name].report
+        if report is not None and report.cost is not None:
+            cost = (report.cost.per_row_s, report.cost.per_expert_s)
+            by_node.setdefault(report.node, []).append(cost)
+    medians = {node: _middle(costs) for node, costs in by_node.items()}
+    unknown = _middle([cost for costs in by_node.values() for cost in costs])
+    return {name: medians.get(_node(state.hosts[name]), unknown) for name in names}
+
+
+def _middle(costs: list[tuple[float, float]]) -> tuple[float, float]:
+    if not costs:
+        return 1.0, 0.0
+    return median(row_s for row_s, _ in costs), median(touch_s for _, touch_s in costs)
+
+
+def _node(host: HostState) -> str:
+    return host.report.node if host.report is not None else ""
+
+
+def _held(host: HostState) -> frozenset[ExpertKey]:
+    return frozenset() if host.report is None or host.lost else host.report.held
+
+
+def started(target: Replicas) -> MoveState:
+    """A cluster in which nothing has to move: hosts load what is theirs, and serve it."""
+    return MoveState(published=target, goal=target)

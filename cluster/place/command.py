@@ -1,0 +1,173 @@
+"""`herd move`, `drain`, `apply`, `rollback` and `plan`: asked of the controller, and waited for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.place.trace import read_mean, record
+from cluster.run_file import state_dirs
+from cluster.show import Found, find_controller, table
+from experts.errors import ControllerUnreachable, InvalidInput
+from experts.grpc_control import (
+    ask_host_drain,
+    ask_move,
+    ask_plan,
+    ask_rollback,
+    ask_target,
+    fetch_history,
+    fetch_status,
+)
+from experts.placement import ExpertKey
+from experts.reports import AppliedPlan, ClusterStatus
+
+WAIT_S = 600.0
+POLL_S = 0.3
+MAX_PLAN_BYTES = 64 << 20
+
+
+def run_move(options: argparse.Namespace) -> int:
+    for name in ("layer", "expert"):
+        if not 0 <= getattr(options, name) < 1 << 32:
+            raise InvalidInput(name, getattr(options, name), "must be a number of at least 0")
+    key = (options.layer, options.expert)
+    return _ask(options, lambda found: ask_move(found.address, key, options.to, tls=found.tls))
+
+
+def run_drain(options: argparse.Namespace) -> int:
+    return _ask(options, lambda found: ask_host_drain(found.address, options.host, tls=found.tls))
+
+
+def run_apply(options: argparse.Namespace) -> int:
+    target = read_target(Path(options.plan))
+    return _ask(options, lambda found: ask_target(found.address, target, tls=found.tls))
+
+
+def run_rollback(options: argparse.Namespace) -> int:
+    if options.epoch is not None and not 0 <= options.epoch < 1 << 63:
+        raise InvalidInput("epoch", options.epoch, "must be a number of at least 0")
+    return _ask(options, lambda found: ask_rollback(found.address, options.epoch, tls=found.tls))
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    load = read_mean(Path(options.load)) if options.load else None
+    found = _find(options)
+    if options.history:
+        plans = fetch_history(found.address, tls=found.tls)
+        print(json.dumps([_as_json(plan) for plan in plans], indent=1) if options.json else _history(plans))
+        return 0
+    text, document = ask_plan(found.address, apply=not options.dry_run, load=load, tls=found.tls)
+    print(document if options.json else text)
+    return 0
+
+
+def run_record(options: argparse.Namespace) -> int:
+    if not 0.5 <= options.interval <= 3600.0:
+        raise InvalidInput("interval", options.interval, "must be between 0.5 and 3600 seconds")
+    if options.seconds is not None and not options.interval <= options.seconds <= 1e9:
+        raise InvalidInput("seconds", options.seconds, "must be at least an interval")
+    return record(_find(options), Path(options.file), options.interval, options.seconds)
+
+
+def read_target(path: Path) -> dict[ExpertKey, tuple[str, ...]]:
+    """The target of a plan as `herd plan --json` prints it. Raises InvalidInput."""
+    rule = 'must be {"target": [{"layer": L, "expert": E, "hosts": ["HOST", …]}, …]}'
+    try:
+        if path.stat().st_size > MAX_PLAN_BYTES:
+            raise InvalidInput("plan", str(path), f"must be of at most {MAX_PLAN_BYTES} bytes")
+        entries = json.loads(path.read_text(encoding="utf-8"))["target"]
+        target = {_key(entry): tuple(_name(name) for name in entry["hosts"]) for entry in entries}
+    except OSError as error:
+        raise InvalidInput("plan", str(path), f"must be a file that can be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidInput("plan", str(path), rule) from None
+    if len(target) < len(entries):
+        raise InvalidInput("plan", str(path), "must name every expert once")
+    return target
+
+
+def _key(entry: Any) -> ExpertKey:
+    layer, expert = entry["layer"], entry["expert"]
+    if not (type(layer) is int and type(expert) is int and 0 <= layer < 1 << 32 and 0 <= expert < 1 << 32):
+        raise ValueError("no layer and expert")
+    return layer, expert
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("no host")
+    return value
+
+
+def _find(options: argparse.Namespace) -> Found:
+    files = (options.tls_cert or "", options.tls_key or "", options.tls_ca or "")
+    return find_controller(options.control, state_dirs(os.environ), files)
+
+
+def _ask(options: argparse.Namespace, call: Callable[[Found], tuple[int, int]]) -> int:
+    found = _find(options)
+    loads, epoch = call(found)
+    print(f"herd: {loads} replicas to load; the placement is that of epoch {epoch} now", flush=True)
+    if options.no_wait:
+        return 0
+    return _wait(found)
+
+
+def _wait(found: Found) -> int:
+    """Until everything is where it shall be; 1 when something was given up on the way."""
+    end = time.monotonic() + WAIT_S
+    status = found.status
+    while time.monotonic() < end:
+        status = _status(found) or status
+        placing = status.placement
+        if placing.given_up_total > found.status.placement.given_up_total:
+            print(f"herd: given up: {'; '.join(status.problems) or 'see the log of the controller'}")
+            return 1
+        if not placing.is_moving and status is not found.status:
+            print(f"herd: done; the placement is that of epoch {status.controller.epoch}")
+            return 0
+        time.sleep(POLL_S)
+    print(f"herd: not done within {WAIT_S:.0f} s: {'; '.join(status.problems) or 'it goes on'}")
+    return 1
+
+
+def _status(found: Found) -> ClusterStatus | None:
+    """None while the controller is away: it goes on where it was."""
+    try:
+        return fetch_status(found.address, tls=found.tls)
+    except ControllerUnreachable:
+        return None
+
+
+def _history(plans: list[AppliedPlan]) -> str:
+    rows = [("age", "epoch", "loads", "MB", "before", "predicted", "realised", "took", "why")]
+    for plan in plans:
+        rows.append(
+            (
+                f"{plan.age_s:.0f} s",
+                str(plan.epoch),
+                str(plan.loads),
+                f"{plan.moved_bytes / 1e6:.1f}",
+                _share(plan.before),
+                _share(plan.predicted),
+                _share(plan.realised),
+                "-" if plan.took_s is None else f"{plan.took_s:.1f} s",
+                f"{plan.why}{' (undone)' if plan.is_undone else ''}",
+            )
+        )
+    return "\n".join(table(rows)) if plans else "no plan was applied yet"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _as_json(plan: AppliedPlan) -> dict[str, object]:
+    return dict(vars(plan))
