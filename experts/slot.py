@@ -8,6 +8,7 @@ import torch
 
 from experts.ffn import ExpertWeights
 from experts.kernels.crc32 import crc32
+from experts.memory import memory_of
 
 Checksum = tuple[int, int]
 """CRC-32 of `gate_up_FH` and of `down_HF`, as they lie in memory."""
@@ -30,11 +31,9 @@ class Slot:
 
 
 def checksum_of(weights: ExpertWeights) -> Checksum:
-    return crc32(bytes_of(weights.gate_up_FH)), crc32(bytes_of(weights.down_HF))
+    return _checksum(weights.gate_up_FH), _checksum(weights.down_HF)
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor; a copy of it where that is not the CPU's. numpy knows no bfloat16, so it sees
-    plain bytes."""
-    view: memoryview = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-    return view
+def _checksum(tensor: torch.Tensor) -> int:
+    here = tensor.cpu().contiguous()
+    return crc32(memory_of(here))

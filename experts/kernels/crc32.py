@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experts.kernels.compiler import NUMBER, POINTER, load
 
-Bytes = bytes | ctypes.Array[ctypes.c_char]
+Bytes = bytes | memoryview | ctypes.Array[ctypes.c_char]
 
 LONG = 1 << 15
 """Bytes from which the call into C pays."""
@@ -17,9 +17,10 @@ NEEDED = frozenset({"pclmulqdq", "sse4_1"})
 
 
 def crc32(data: Bytes, begin: int = 0) -> int:
-    """CRC-32 of `data` from byte `begin` on."""
+    """CRC-32 of `data` from byte `begin` on. Views (their items bytes) are left to zlib: ctypes does not tell where
+    they are."""
     num_bytes = len(data) - begin
-    library = _library() if num_bytes >= LONG else None
+    library = _library() if num_bytes >= LONG and not isinstance(data, memoryview) else None
     if library is None:
         return zlib.crc32(memoryview(data)[begin:])
     checksum: int = library.herd_crc32(data, begin, num_bytes)

@@ -9,7 +9,6 @@ Shape letters: T rows, H hidden size.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import struct
 import warnings
@@ -21,8 +20,8 @@ import torch
 from google.protobuf.message import DecodeError
 
 from experts.errors import BadFrame, DeadlinePassed, HostFailed, NotHosted, TransportError
-from experts.kernels.crc32 import Bytes
 from experts.link_terms import LinkTerms
+from experts.memory import memory_of
 from experts.placement import ExpertKey
 from experts.transport.base import Segment, Shipment
 from experts.wire.expert_pb2 import (
@@ -129,7 +128,7 @@ def encode_shipment(seq: int, shipment: Shipment, remaining_s: float) -> bytes:
         hidden_size=rows_TH.shape[1],
     )
     segments = [_SEGMENT.pack(segment.layer, segment.expert, segment.num_rows) for segment in shipment.segments]
-    return join(header, b"".join(segments), _bytes_of(rows_TH))
+    return join(header, b"".join(segments), memory_of(rows_TH))
 
 
 def decode_shipment(frame: Frame, terms: LinkTerms, peer: str) -> Shipment:
@@ -159,7 +158,7 @@ def encode_result(incarnation: int, asked: Header, y_TH: torch.Tensor) -> bytes:
         num_rows=y_TH.shape[0],
         hidden_size=y_TH.shape[1],
     )
-    return join(header, rows=_bytes_of(y_TH))
+    return join(header, rows=memory_of(y_TH))
 
 
 def decode_result(frame: Frame, num_rows: int, terms: LinkTerms, peer: str) -> torch.Tensor:
@@ -227,12 +226,6 @@ def _decode_part(frame: Frame, message_type: type[Part], peer: str) -> Part:
         return message_type.FromString(bytes(frame.part))
     except DecodeError as error:
         raise BadFrame(peer, f"an unreadable {message_type.DESCRIPTOR.name}") from error
-
-
-def _bytes_of(rows_TH: torch.Tensor) -> Bytes:
-    """Where they lie in memory: no longer than `rows_TH`."""
-    assert rows_TH.is_contiguous() and rows_TH.device.type == "cpu"
-    return (ctypes.c_char * rows_TH.nbytes).from_address(rows_TH.data_ptr())
 
 
 def _decode_rows(frame: Frame, terms: LinkTerms, peer: str) -> torch.Tensor:

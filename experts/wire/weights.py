@@ -13,8 +13,9 @@ from google.protobuf.message import DecodeError
 from experts.errors import BadFrame
 from experts.ffn import ExpertWeights
 from experts.link_terms import LinkTerms
+from experts.memory import view_of
 from experts.placement import ExpertKey
-from experts.slot import Checksum, Slot, bytes_of, checksum_of
+from experts.slot import Checksum, Slot, checksum_of
 from experts.wire.codec import decode_error, decode_mismatch, hello_of, mismatch
 from experts.wire.expert_pb2 import ExpertKey as ExpertKeyMessage
 from experts.wire.expert_pb2 import Piece, Want
@@ -43,7 +44,7 @@ def decode_want(message: bytes, terms: LinkTerms, peer: str) -> tuple[ExpertKey,
 
 def encode_pieces(slot: Slot, incarnation: int) -> Iterator[bytes]:
     """All of a slot's weights, piece by piece."""
-    gate_up, down = bytes_of(slot.weights.gate_up_FH), bytes_of(slot.weights.down_HF)
+    gate_up, down = view_of(slot.weights.gate_up_FH.cpu()), view_of(slot.weights.down_HF.cpu())
     offset, total = 0, len(gate_up) + len(down)
     for part in (gate_up, down):
         for begin in range(0, len(part), PIECE_BYTES):
@@ -64,7 +65,7 @@ def decode_pieces(messages: Iterable[bytes], terms: LinkTerms, expert_size: int,
         gate_up_FH=torch.empty(2 * expert_size, terms.hidden_size, dtype=terms.dtype),
         down_HF=torch.empty(terms.hidden_size, expert_size, dtype=terms.dtype),
     )
-    parts = (bytes_of(weights.gate_up_FH), bytes_of(weights.down_HF))
+    parts = (view_of(weights.gate_up_FH), view_of(weights.down_HF))
     offset, told = 0, None
     for message in messages:
         frame = split(message, peer)
