@@ -225,7 +225,12 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     dispatch.add_argument("--json", metavar="FILE", help="as above")
     decisions = kinds.add_parser("decisions", help="what deciding where rows go costs while all is well")
     decisions.set_defaults(run=_bench_decisions)
-    decisions.add_argument("--json", metavar="FILE", help="as above")
+    add = decisions.add_argument
+    add("model_dir", metavar="MODEL_DIR", help="folder with config.json and safetensors files")
+    add("--batch", metavar="N,…", default="1,16", help="requests at a time (1,16)")
+    add("--hosts", metavar="N", default="4", help="expert hosts (4)")
+    add("--replicas", metavar="N", default="2", help="hosts of each expert (2)")
+    add("--json", metavar="FILE", help="as above")
 
 
 def _add_drill(parser: argparse.ArgumentParser) -> None:
@@ -441,8 +446,12 @@ def _bench_dispatch(options: argparse.Namespace) -> int:
 
 
 def _bench_decisions(options: argparse.Namespace) -> int:
+    from cluster.config import parse_counts, parse_settings
     from cluster.measure.decisions import bench_decisions
     from cluster.measure.report import print_results
+    from cluster.result_file import check_result_file
 
-    print_results(bench_decisions(), options.json)
+    check_result_file(options.json)
+    settings = parse_settings({name: getattr(options, name) for name in ("model_dir", "hosts", "replicas")})
+    print_results(bench_decisions(settings, parse_counts("batch", options.batch)), options.json)
     return 0

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
+from cluster.config import ServeSettings
 from cluster.control.pack import pack
+from cluster.measure.engine import bench_engine
+from experts.config import ModelConfig, load_config
 from experts.placement import ClusterView, ComputeCost, HostInfo, Placement
 from router.failover.core import step
 from router.failover.events import Answered, Begin, Effect, Event, Linked, Looked, Send, StepBegun, Tick, Viewed
@@ -13,12 +19,14 @@ from router.failover.state import FailoverState
 
 COST = ComputeCost(per_expert_s=3e-4, per_row_s=1e-5)
 ANSWER_S = 0.001
+PROMPT_TOKENS, OUTPUT_TOKENS = 128, 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecisionResult:
     """`per_layer_us`: all calls of the machine for the rows of one layer, `split_us` the first of them, which divides
-    the rows among hosts. `of_step_pct`: all layers' calls in a step of `step_ms`. Medians, microseconds."""
+    the rows among hosts. Medians, microseconds. `of_step_pct`: all layers' calls in a decode step of `step_ms`, a step of
+    as many rows of that model over so many hosts."""
 
     experts: int
     hosts: int
@@ -32,30 +40,31 @@ class DecisionResult:
     of_step_pct: float
 
 
-def bench_decisions(rounds: int = 2000, layers: int = 12, step_ms: float = 25.0) -> list[DecisionResult]:
-    """Measure dispatches whose answers come one by one, as they do; no rows, no network, no waiting."""
-    cases = [(16, 4, 2, 1), (16, 4, 2, 16), (16, 8, 2, 64), (128, 8, 2, 128)]
-    return [_bench(*case, rounds=rounds, layers=layers, step_ms=step_ms) for case in cases]
+def bench_decisions(settings: ServeSettings, batches: Sequence[int], rounds: int = 2000) -> list[DecisionResult]:
+    """Measure dispatches whose answers come one by one, as they do, without rows, network or waiting; and the decode
+    steps of `batches` that such dispatches are part of, with all of it. Raises InvalidInput."""
+    steps = bench_engine(settings, batches, [PROMPT_TOKENS], OUTPUT_TOKENS)
+    config = load_config(settings.model_dir)
+    return [
+        _bench(settings, config, step.batch * config.experts_per_token, step.step_ms, rounds=rounds) for step in steps
+    ]
 
 
-def _bench(
-    experts: int, hosts: int, replicas: int, rows: int, *, rounds: int, layers: int, step_ms: float
-) -> DecisionResult:
-    machine = _Machine(experts, hosts, replicas)
-    wanted = {(0, expert): 0 for expert in range(experts)}
-    for row in range(rows):
-        wanted[0, row * 7 % experts] += 1
-    touched = {key: count for key, count in wanted.items() if count}
+def _bench(settings: ServeSettings, config: ModelConfig, rows: int, step_ms: float, *, rounds: int) -> DecisionResult:
+    experts, layers = config.num_experts, len(config.moe_layers)
+    machine = _Machine(experts, settings.hosts, settings.replicas)
+    random = Random(rows)
     layer_s, split_s, shipments = [], [], 0
     for number in range(rounds + 200):
+        touched = Counter((0, random.randrange(experts)) for _ in range(rows))
         whole, first, shipments = machine.dispatch(number, touched)
         layer_s.append(whole)
         split_s.append(first)
     per_layer_us = sorted(layer_s[200:])[rounds // 2] * 1e6
     return DecisionResult(
         experts=experts,
-        hosts=hosts,
-        replicas=replicas,
+        hosts=settings.hosts,
+        replicas=settings.replicas,
         rows=rows,
         shipments=shipments,
         per_layer_us=round(per_layer_us, 1),

@@ -23,7 +23,7 @@ from cluster.measure.machine import Machine, measure_machine
 from cluster.measure.report import print_results
 from cluster.measure.watch import Record, Seen, StopWatch, WatchedExperts
 from cluster.tiny import make_tiny
-from experts.config import ModelConfig, parse_config
+from experts.config import ModelConfig, load_config, parse_config
 from experts.errors import InvalidInput
 from router.routed import Combined, Routing
 
@@ -349,9 +349,14 @@ def test_reports(
     assert json.loads((tmp_path / "out.json").read_text())["results"][0]["batch"] == 1
 
 
-def test_decisions_are_measured_for_every_shape() -> None:
-    results = bench_decisions(rounds=3, layers=10, step_ms=20.0)
-    for result in results:
+def test_decisions_are_a_share_of_the_step_that_they_are_part_of(folders: dict[str, Path], small_machine: None) -> None:
+    settings = ServeSettings(model_dir=folders["maverick"], hosts=2, replicas=2, kv_memory=32 << 20)
+    config = load_config(folders["maverick"])
+    [one, two] = bench_decisions(settings, [1, 3], rounds=3)
+    assert (one.rows, two.rows) == (config.experts_per_token, 3 * config.experts_per_token)
+    for result in (one, two):
+        assert (result.experts, result.layers) == (config.num_experts, len(config.moe_layers))
         assert 1 <= result.shipments <= min(result.rows, result.hosts)
         assert 0 < result.split_us < result.per_layer_us
-        assert result.of_step_pct == pytest.approx(10 * result.per_layer_us / 20e3 * 100, abs=0.01)
+        expected = result.layers * result.per_layer_us / result.step_ms / 10
+        assert result.of_step_pct == pytest.approx(expected, abs=0.01)
