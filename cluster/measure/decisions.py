@@ -25,8 +25,8 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 128, 24
 @dataclass(frozen=True, kw_only=True)
 class DecisionResult:
     """`per_layer_us`: all calls of the machine for the rows of one layer, `split_us` the first of them, which divides
-    the rows among hosts. Medians, microseconds. `of_step_pct`: all layers' calls in a decode step of `step_ms`, which is
-    one of as many rows of that model over so many hosts."""
+    the rows among hosts. Medians, microseconds. `of_step_pct`: the calls of all layers in a decode step of `step_ms`,
+    which is one of as many rows of that model over so many hosts."""
 
     experts: int
     hosts: int
