@@ -35,6 +35,7 @@ from router.prompt.chat import ChatTemplate
 from router.prompt.images.vision import Vision
 from router.prompt.stop_ids import GENERATION_FILE, default_stop_ids
 from router.prompt.tokenizer import Tokenizer
+from router.resume import ResumePolicy
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,10 @@ class ClusterBackend:
     def __init__(self, settings: ServeSettings, identity: Identity | None = None) -> None:
         self.config = load_config(settings.model_dir)
         hosted = settings.transport == "grpc"
-        self.pool = RouterPool(image_rules=image_rules(self.config), tls=identity)
+        self.eos_ids = default_stop_ids(settings.model_dir, self.config.eos_token_ids)
+        self.pool = RouterPool(
+            policy=ResumePolicy(eos_ids=self.eos_ids), image_rules=image_rules(self.config), tls=identity
+        )
         self._num_experts = len(self.config.moe_layers) * self.config.num_experts if hosted else 0
         self._view = ClusterView()
 
@@ -195,8 +199,7 @@ def _http_app(
     settings: ServeSettings, backend: ClusterBackend, tokenizer: Tokenizer, vision: Vision | None, version: str
 ) -> Callable[[Message, Receive, Send], Awaitable[None]]:
     model_dir = settings.model_dir
-    eos_ids = default_stop_ids(model_dir, backend.config.eos_token_ids)
-    defaults = ServingDefaults.from_generation_config(read_json(model_dir / GENERATION_FILE), eos_ids)
+    defaults = ServingDefaults.from_generation_config(read_json(model_dir / GENERATION_FILE), backend.eos_ids)
     for field, problem in defaults.unfollowed:
         log.warning("%s: %s %s", GENERATION_FILE, field, problem)
     template = ChatTemplate.from_folder(model_dir, tokenizer)

@@ -23,13 +23,14 @@ class ResumePolicy:
 
     An accepted request whose next router is full asks that router again after `full_pause_s`. A request goes to the
     router that its prompt prefers while that one has at most `affinity_gap` requests more than the least busy one, or
-    `affinity_share` of that one's requests more, whichever is more.
+    `affinity_share` of that one's requests more, whichever is more. `eos_ids` are the model's end tokens.
     """
 
     max_attempts: int = 8
     full_pause_s: float = 0.5
     affinity_gap: int = 4
     affinity_share: float = 0.25
+    eos_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,10 +209,16 @@ def _after_failure(
     state.failed_on.add(state.router)
     if len(state.emitted) >= state.sampling.max_tokens:
         # Only the finish was lost, and it can be no other.
-        return End(finish=FinishEvent(request_id=state.request_id, reason=FinishReason.LENGTH))
+        return End(finish=FinishEvent(request_id=state.request_id, reason=_end_at_full_length(state)))
     if state.num_failed >= state.policy.max_attempts:
         return _error(state, ROUTER_UNAVAILABLE, f"{state.num_failed} attempts failed; the last: {problem}")
     return _next_router(state, routers, now)
+
+
+def _end_at_full_length(state: Resumption) -> FinishReason:
+    """As the scheduler has it: an end token counts before the length."""
+    ends = set(state.sampling.stop_token_ids) | (set() if state.sampling.ignore_eos else state.policy.eos_ids)
+    return FinishReason.STOP if ends.intersection(state.emitted[-1:]) else FinishReason.LENGTH
 
 
 def _after_refusal(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +35,7 @@ POLICY = ResumePolicy(max_attempts=3, full_pause_s=0.5)
 FULL = Overloaded("full", 7.0)
 INVALID = InvalidInput("top_p", 2.0, "must be at most 1")
 DEADLINE = 100.0
+LAST = 1001
 
 
 def request(max_tokens: int = 10) -> Resumption:
@@ -127,6 +131,19 @@ def test_a_lost_finish_after_the_last_token_is_not_asked_for_again() -> None:
     state = request(max_tokens=2)
     last = play(state, Begun(), Received(tokens=tokens(0, 1)), Broken(problem="gone"), on=routers(a=0, b=0))
     assert last == Decision(then=End(finish=finish(FinishReason.LENGTH)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({}, FinishReason.STOP), ({"ignore_eos": True}, FinishReason.LENGTH),
+     ({"ignore_eos": True, "stop_token_ids": (LAST,)}, FinishReason.STOP)],
+)  # fmt: skip
+def test_a_lost_finish_after_an_end_token_was_a_stop(fields: dict[str, Any], reason: FinishReason) -> None:
+    sampling = SamplingParams(max_tokens=2, **fields)
+    policy = ResumePolicy(eos_ids=frozenset({LAST}))
+    state = Resumption(request_id="r", sampling=sampling, deadline=DEADLINE, policy=policy)
+    last = play(state, Begun(), Received(tokens=tokens(0, 1)), Broken(problem="gone"), on=routers(a=0, b=0))
+    assert last == Decision(then=End(finish=finish(reason)))
 
 
 def test_a_gap_is_a_failure_and_nothing_after_it_counts() -> None:
