@@ -16,7 +16,8 @@ import torch
 
 from cluster.config import ServeSettings
 from cluster.local import choose_device, choose_products, open_model
-from cluster.metrics import HostNumbers, MetricsPage, host_families
+from cluster.metrics.host import HostNumbers, host_families
+from cluster.metrics.page import MetricsPage
 from cluster.order_follower import OrderFollower
 from cluster.topology import Role, advertised_host, needs
 from experts.errors import InvalidInput
@@ -104,7 +105,11 @@ class HostProcess:
     def numbers(self) -> HostNumbers:
         """For the metrics page."""
         return HostNumbers(
-            name=self.name, load=self.host.load_snapshot(), slots=len(self.host.held()), held_bytes=self.host.held_bytes
+            name=self.name,
+            load=self.host.load_snapshot(),
+            held=self.host.held(),
+            held_bytes=self.host.held_bytes,
+            queue_depth=self.server.queue_depth,
         )
 
     def stop(self) -> None:

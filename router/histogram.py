@@ -5,9 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-SECONDS = (
-    0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0,
-)  # fmt: skip
+SECONDS = tuple(digit * 10.0**power for power in range(-4, 2) for digit in (1, 2, 5)) + (100.0,)
 """From 0.1 ms to 100 s."""
 POWERS_OF_TWO = tuple(float(1 << power) for power in range(13))
 """From 1 to 4096."""
