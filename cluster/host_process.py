@@ -19,7 +19,7 @@ from cluster.local import choose_device, choose_products, open_model
 from cluster.metrics.host import HostNumbers, host_families
 from cluster.metrics.page import MetricsPage
 from cluster.order_follower import OrderFollower
-from cluster.topology import Role, advertised_host, needs
+from cluster.topology import Role, advertised_host, metrics_ports, needs
 from experts.errors import InvalidInput
 from experts.grpc_control import HostLink
 from experts.host import ExpertHost
@@ -67,7 +67,9 @@ class HostProcess:
             insecure=settings.insecure_rows,
         )
         self.address = advertised_host(settings, node, self.server.port)
-        self.metrics = MetricsPage(lambda: host_families(self.numbers()), bind=bind, ports=settings.metrics_ports)
+        self.metrics = MetricsPage(
+            lambda: host_families(self.numbers()), bind=bind, ports=metrics_ports(settings, Role.HOST)
+        )
         self._node = node
         self._held_bytes = 0
         self._leave = leave

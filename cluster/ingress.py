@@ -17,7 +17,7 @@ from cluster.config import ServeSettings
 from cluster.image_rules import image_rules
 from cluster.metrics.ingress import IngressNumbers, ingress_families
 from cluster.metrics.page import MetricsPage
-from cluster.topology import max_connections
+from cluster.topology import Role, max_connections, metrics_ports
 from experts.config import load_config
 from experts.errors import RouterLost
 from experts.grpc_control import MemberLink
@@ -85,7 +85,7 @@ class IngressProcess:
             on_end=self.backend.pool.aclose,
         )
         self.metrics = MetricsPage(
-            lambda: ingress_families(self.app.numbers()), bind=bind, ports=settings.metrics_ports
+            lambda: ingress_families(self.app.numbers()), bind=bind, ports=metrics_ports(settings, Role.INGRESS)
         )
         self._node = node
         self._http = http
@@ -178,18 +178,20 @@ class CountingApp:
         self._generations = Histogram()
 
     def numbers(self) -> IngressNumbers:
-        return IngressNumbers(
-            responses=dict(self._responses), active=self._active, generations=self._generations
-        )
+        return IngressNumbers(responses=dict(self._responses), active=self._active, generations=self._generations)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
+        status = 0
+
         async def counted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                self._responses[message["status"]] += 1
+                status = message["status"]
+                self._responses[status] += 1
             await send(message)
 
         self._active += 1
@@ -198,7 +200,7 @@ class CountingApp:
             await self._app(scope, receive, counted)
         finally:
             self._active -= 1
-            if scope["path"].endswith(GENERATIONS):
+            if status == 200 and scope["path"].endswith(GENERATIONS):
                 self._generations.add(time.monotonic() - began)
 
 

@@ -18,7 +18,7 @@ from cluster.local import build_engine, load_local_experts, open_model
 from cluster.metrics.host import HostNumbers
 from cluster.metrics.page import MetricsPage
 from cluster.metrics.router import RouterNumbers, router_families
-from cluster.topology import Role, needs
+from cluster.topology import Role, metrics_ports, needs
 from experts.grpc_control import MemberLink
 from experts.placement import ClusterView, ExpertKey
 from experts.reports import HostReport, MemberKind, MemberReport
@@ -45,7 +45,9 @@ class RouterProcess:
         self.engine = self._engine(settings)
         self.server = RouterServer(self.engine, bind=bind, ports=settings.router_ports, tls=self._identity)
         self.link = MemberLink(resolve=resolve, report=self.report, on_view=self._use, tls=self._identity)
-        self.metrics = MetricsPage(lambda: router_families(self.numbers()), bind=bind, ports=settings.metrics_ports)
+        self.metrics = MetricsPage(
+            lambda: router_families(self.numbers()), bind=bind, ports=metrics_ports(settings, Role.ROUTER)
+        )
         self._incarnation = time.time_ns()
 
     def _engine(self, settings: ServeSettings) -> Engine:

@@ -78,6 +78,7 @@ def as_text(status: ClusterStatus) -> str:
         rows.append((host.name, host.node, str(host.pid), host.address or host.transport, host.state, held))
     lines += _table(rows)
     lines += ["", kv_line(status)] if status.routers else []
+    lines += [f"load: read from {controller.prometheus}"] if controller.prometheus else []
     lines += ["", *(f"problem: {problem}" for problem in status.problems)] if status.problems else []
     return "\n".join(lines)
 

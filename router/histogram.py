@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-SECONDS = tuple(digit * 10.0**power for power in range(-4, 2) for digit in (1, 2, 5)) + (100.0,)
+SECONDS = (*(digit * 10.0**power for power in range(-4, 2) for digit in (1, 2, 5)), 100.0)
 """From 0.1 ms to 100 s."""
 POWERS_OF_TWO = tuple(float(1 << power) for power in range(13))
 """From 1 to 4096."""

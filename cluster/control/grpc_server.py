@@ -21,6 +21,7 @@ import grpc
 
 from cluster.control.core import start, step
 from cluster.control.journal import JournalFile
+from cluster.control.numbers import ControllerNumbers, replicas_of
 from cluster.control.state import (
     ControllerState,
     DrainAsked,
@@ -100,6 +101,7 @@ class ControlServer:
         executor: Executor,
         listener: Listener,
         node: str = "",
+        prometheus: str = "",
         timing: Timing | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -109,7 +111,7 @@ class ControlServer:
         self._executor = executor
         self._listener = listener
         self._clock = clock
-        self._info = ControllerInfo(pid=os.getpid(), node=node)
+        self._info = ControllerInfo(pid=os.getpid(), node=node, prometheus=prometheus)
         left = journal.read()
         self._journal = left if left is not None and left.digest == fresh.digest else _above(fresh, left)
         self._hosts = hosts
@@ -134,11 +136,18 @@ class ControlServer:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def status(self) -> ClusterStatus:
-        """What `herd status` shows; for the metrics page of this process."""
+        """What `herd status` shows."""
         core, loop = self._core, self._loop
         if core is None or loop is None:
             return ClusterStatus(name=self._name)
         return asyncio.run_coroutine_threadsafe(_call(core.status), loop).result(timeout=START_TIMEOUT_S)
+
+    def numbers(self) -> ControllerNumbers:
+        """For the metrics page of this process."""
+        core, loop = self._core, self._loop
+        if core is None or loop is None:
+            return ControllerNumbers(status=ClusterStatus(name=self._name))
+        return asyncio.run_coroutine_threadsafe(_call(core.numbers), loop).result(timeout=START_TIMEOUT_S)
 
     def set_metrics_address(self, address: str) -> None:
         """Tell the status where this process's metrics are."""
@@ -213,6 +222,9 @@ class _Core(ControlServiceServicer):
     def status(self) -> ClusterStatus:
         status = status_of(self._state, self._name, self.info)
         return replace(status, problems=(*status.problems, *self._problems.values()))
+
+    def numbers(self) -> ControllerNumbers:
+        return ControllerNumbers(status=self.status(), replicas=replicas_of(self._state))
 
     async def tick_for_ever(self) -> None:
         while True:
@@ -366,7 +378,7 @@ async def _read(requests: AsyncIterator[Any], take: Callable[[Any], None]) -> No
         take(message)
 
 
-async def _call(function: Callable[[], ClusterStatus]) -> ClusterStatus:
+async def _call(function: Callable[[], Message]) -> Message:
     return function()
 
 

@@ -45,11 +45,11 @@ def histogram(name: str, text: str, values: Histogram) -> HistogramMetricFamily:
     return family
 
 
-def histograms(name: str, text: str, label: str, values: Mapping[object, Histogram]) -> HistogramMetricFamily:
+def histograms(name: str, text: str, label: str, values: Mapping[str, Histogram]) -> HistogramMetricFamily:
     """One histogram for each value of `label`."""
     family = HistogramMetricFamily(name, text, labels=(label,))
-    for value, one in dict(values).items():
-        family.add_metric([str(value)], _buckets(one), one.total)
+    for value, one in values.items():
+        family.add_metric([value], _buckets(one), one.total)
     return family
 
 

@@ -24,5 +24,5 @@ def ingress_families(numbers: IngressNumbers) -> Iterator[Metric]:
     responses = {"200": 0} | {str(status): count for status, count in numbers.responses.items()}
     yield counters("herd_ingress_responses", "HTTP responses begun, by status.", "status", responses)
     yield gauge("herd_ingress_active_requests", "HTTP requests in progress.", numbers.active)
-    text = "From a request for a completion to the end of its answer, whatever the answer."
+    text = "From a request for a completion to the end of its answer, of those that were answered with 200."
     yield histogram("herd_ingress_request_seconds", text, numbers.generations)

@@ -6,7 +6,7 @@ A page may fail and serving goes on.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from socketserver import ThreadingMixIn
 from threading import Thread
 from types import MappingProxyType
@@ -34,7 +34,7 @@ class MetricsPage:
         families: Callable[[], Families],
         *,
         bind: str,
-        ports: range | None = None,
+        ports: Sequence[int] | None = None,
         documents: Documents = MappingProxyType({}),
     ) -> None:
         registry = CollectorRegistry()
@@ -91,7 +91,7 @@ def _with_documents(metrics: WSGIApplication, documents: Documents) -> WSGIAppli
     return app
 
 
-def _listen(app: WSGIApplication, bind: str, ports: range | None) -> WSGIServer:
+def _listen(app: WSGIApplication, bind: str, ports: Sequence[int] | None) -> WSGIServer:
     kind = _Server6 if ":" in bind else _Server
     for port in ports or [0]:
         try:

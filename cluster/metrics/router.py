@@ -119,7 +119,8 @@ def _dispatch_families(stats: DispatchStats) -> Iterator[Metric]:
     yield counters("herd_router_failovers", "Shipments that another host had to do.", "reason", failovers)
     yield from _seen_host_families(stats)
     text = "From the dispatch of a layer's rows to their last answer."
-    yield histograms("herd_router_dispatch_round_trip_seconds", text, "layer", {**stats.round_trips})
+    trips = {str(layer): times for layer, times in dict(stats.round_trips).items()}
+    yield histograms("herd_router_dispatch_round_trip_seconds", text, "layer", trips)
 
 
 def _seen_host_families(stats: DispatchStats) -> Iterator[Metric]:
