@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.control.fleet import Load
+from cluster.control.state import ControllerState
 from experts.placement import ExpertKey
+from experts.reports import MemberKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Expected:
 
     keys: frozenset[ExpertKey] = frozenset()
     hosts: tuple[Page, ...] = ()
-    routers: tuple[Page, ...] = field(default=())
+    routers: tuple[Page, ...] = ()
 
 
 class LoadSource(Protocol):
@@ -49,3 +51,14 @@ class LoadSource(Protocol):
     def close(self) -> None:
         """End threads and connections, if there are any."""
         ...
+
+
+def expected_of(state: ControllerState) -> Expected:
+    """The experts of the target, the hosts that report and are not lost, and the routers."""
+    hosts = [host.report for host in state.hosts.values() if host.report is not None and not host.lost]
+    routers = [member.report for member in state.members.values() if member.report.kind is MemberKind.ROUTER]
+    return Expected(
+        keys=frozenset(state.wanted),
+        hosts=tuple(Page(name=report.name, address=report.metrics_address) for report in hosts),
+        routers=tuple(Page(name=report.name, address=report.metrics_address) for report in routers),
+    )
