@@ -33,13 +33,14 @@ def get(url: str, timeout_s: float, max_bytes: int) -> bytes | Held:
 
 def _body(response: http.client.HTTPResponse, server: str, end: float, max_bytes: int) -> bytes | Held:
     chunks, size = [], 0
-    while chunk := response.read(CHUNK_BYTES):
+    while time.monotonic() < end and (chunk := response.read(CHUNK_BYTES)):
         chunks.append(chunk)
         size += len(chunk)
         if size > max_bytes:
             return Held(reason=f"{server} answers with more than {max_bytes} bytes")
-        if time.monotonic() > end:
-            return Held(reason=f"{server} did not answer in time")
+    if time.monotonic() >= end:
+        # What was cut off may look like an end.
+        return Held(reason=f"{server} did not answer in time")
     body = b"".join(chunks)
     if response.status != http.client.OK:
         return Held(reason=f"{server} answers with {response.status}: {body[:200].decode(errors='replace')}")

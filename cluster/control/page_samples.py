@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from cluster.control.prometheus_answer import number
 
-_LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\[\\"n])*"'
+_LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\[\\"n])*"[ \t]*'
 _SAMPLE = re.compile(
-    rf"(?P<metric>[a-zA-Z_:][a-zA-Z0-9_:]*)[ \t]*(?:\{{[ \t]*(?P<labels>(?:{_LABEL}[ \t]*,[ \t]*)*(?:{_LABEL}[ \t]*)?)\}})?"
-    r"[ \t]*(?P<value>[^\s{}]+)(?:[ \t]+-?\d{1,15})?"
+    r"(?P<metric>[a-zA-Z_:][a-zA-Z0-9_:]*)(?=[ \t{])[ \t]*"
+    rf"(?:\{{[ \t]*(?P<labels>(?:{_LABEL},[ \t]*)*(?:{_LABEL})?)\}})?[ \t]*"
+    r"(?P<value>[^\s{}]+)(?:[ \t]+-?\d{1,15})?"
 )
 _EACH = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
 _ESCAPED = re.compile(r"\\(.)")

@@ -1,5 +1,4 @@
-"""The load as the controller sees it without any Prometheus: it reads the pages itself, once a second, and keeps a window
-of what it read."""
+"""The load without any Prometheus: the controller reads the pages itself, once a second, and keeps a window of it."""
 
 from __future__ import annotations
 
