@@ -20,7 +20,7 @@ def parse_series(body: bytes) -> list[Series] | Held:
         return data
     try:
         return [_series(one) for one in _list(data)]
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
         return Held(reason=f"Prometheus's answer cannot be read: {str(error)[:SHOWN]}")
 
 
@@ -35,7 +35,7 @@ def parse_time(body: bytes) -> float | Held:
         if math.isfinite(at) and abs(at - value) < 1.0:
             return at
         return Held(reason="Prometheus does not know what time it is")
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
         return Held(reason=f"Prometheus's answer cannot be read: {str(error)[:SHOWN]}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from cluster.control.fleet import Load
@@ -84,6 +84,13 @@ class ScrapeLoad:
     def start(self) -> None:
         self._thread.start()
 
+    def read_once(self) -> None:
+        """Read every page. For the thread, or for whoever does without it."""
+        expected = self._expected()
+        pages = [page for page in (*expected.hosts, *expected.routers) if page.address]
+        told = zip(pages, self._readers.map(self._read, pages), strict=True)
+        self._problems = {page: problem for page, problem in told if problem}
+
     def load(self, now: float) -> Load | Held:
         """See `LoadSource`. Never blocks for the network."""
         load = load_of(self._window.series(), self._expected(), self._clock(), self._window_s, now)
@@ -99,13 +106,8 @@ class ScrapeLoad:
     def _run(self) -> None:
         while not self._stopping.is_set():
             began = self._clock()
-            expected = self._expected()
-            pages = [page for page in (*expected.hosts, *expected.routers) if page.address]
-            self._problems = {page: problem for page, problem in self._read_all(pages) if problem}
+            self.read_once()
             self._stopping.wait(max(0.0, self._every_s - (self._clock() - began)))
-
-    def _read_all(self, pages: list[Page]) -> Iterator[tuple[Page, str]]:
-        return zip(pages, self._readers.map(self._read, pages), strict=True)
 
     def _read(self, page: Page) -> str:
         """Take in one page; returns what is wrong with it."""

@@ -53,8 +53,12 @@ class Cluster:
         lived = self.seconds
         if lived >= self.restarted_at.get(page.name, float("inf")):
             lived -= self.restarted_at[page.name]
-        families = self._host(page, lived) if page in HOSTS else self._router(lived)
+        families = self.families(page, lived)
         return page_text(lambda: families)
+
+    def families(self, page: Page, lived: float) -> Families:
+        """After so many seconds of life."""
+        return self._host(page, lived) if page in HOSTS else self._router(lived)
 
     def _host(self, page: Page, lived: float) -> Families:
         held = frozenset(key for key, names in PLACEMENT.items() if page.name in names)
