@@ -7,7 +7,6 @@ import json
 import math
 import random
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,7 +30,7 @@ from cluster.control.prometheus_answer import parse_series, parse_time
 from cluster.control.prometheus_load import PrometheusLoad, selector
 from cluster.control.samples import WANTED, load_of
 from cluster.control.scrape_load import PageWindow, ScrapeLoad
-from cluster.metrics.families import counter
+from cluster.metrics.families import Families, counter
 from cluster.metrics.page import MetricsPage
 
 NOW, WINDOW_S = 40.0, 100.0
@@ -316,15 +315,9 @@ class Clock:
 def pages() -> Iterator[tuple[Cluster, Expected]]:
     """The pages of a made-up cluster, served."""
     cluster = Cluster(rows=skewed(5))
-    lock = threading.Lock()
 
-    def families_of(page: Page) -> Callable[[], list[object]]:
-        def families() -> list[object]:
-            with lock:
-                lived = cluster.seconds
-                return list(cluster._host(page, lived) if page in EXPECTED.hosts else cluster._router(lived))
-
-        return families
+    def families_of(page: Page) -> Callable[[], Families]:
+        return lambda: cluster.families(page, cluster.seconds)
 
     made = {
         page.name: MetricsPage(families_of(page), bind="127.0.0.1") for page in (*EXPECTED.hosts, *EXPECTED.routers)
