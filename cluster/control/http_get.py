@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from cluster.control.load_source import Held
+from cluster.control.reading import Held
 
 CHUNK_BYTES = 1 << 16
 

@@ -51,7 +51,7 @@ class ControllerNumbers:
 
 def replicas_of(state: ControllerState) -> dict[ExpertKey, Counter[str]]:
     """How many replicas of each expert are in which of REPLICA_STATES."""
-    counts: dict[ExpertKey, Counter[str]] = {key: Counter() for key in state.wanted}
+    counts: dict[ExpertKey, Counter[str]] = {key: Counter() for key in state.journal.target}
     for host in state.hosts.values():
         for key, where in _replicas_on(host):
             counts.setdefault(key, Counter())[where] += 1

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from cluster.control.load_source import Held
+from cluster.control.reading import Held
 from cluster.control.samples import Series
 
 SHOWN = 200

@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 from cluster.control.fleet import Load
 from cluster.control.http_get import get
-from cluster.control.load_source import Expected, Held
 from cluster.control.prometheus_answer import parse_series, parse_time
+from cluster.control.reading import Expected, Held
 from cluster.control.samples import WANTED, load_of
 
 TIMEOUT_S = 5.0

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from cluster.control.fleet import Load
-from cluster.control.load_source import Expected, Held, Page
+from cluster.control.reading import Expected, Held, Page
 from cluster.control.trust import CLOCK_SLACK_S
 from experts.placement import ExpertKey
 

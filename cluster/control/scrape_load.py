@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cluster.control.fleet import Load
 from cluster.control.http_get import get
-from cluster.control.load_source import Expected, Held, Page
 from cluster.control.page_samples import Sample, parse_page
+from cluster.control.reading import Expected, Held, Page
 from cluster.control.samples import WANTED, Series, load_of
 
 EVERY_S = 1.0

@@ -23,11 +23,11 @@ from serving import until
 
 from cluster.control.fleet import Fleet, HostSpec, Load
 from cluster.control.http_get import get
-from cluster.control.load_source import Expected, Held, LoadSource, Page
 from cluster.control.page_samples import parse_page
 from cluster.control.plan import Plan, PlanState, Policy, plan
 from cluster.control.prometheus_answer import parse_series, parse_time
 from cluster.control.prometheus_load import PrometheusLoad, selector
+from cluster.control.reading import Expected, Held, LoadSource, Page
 from cluster.control.samples import WANTED, load_of
 from cluster.control.scrape_load import PageWindow, ScrapeLoad
 from cluster.metrics.families import Families, counter

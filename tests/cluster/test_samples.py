@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from recorded_pages import EXPECTED, HOSTS, KEYS, ROUTERS, Cluster, Reading, record, series_of, skewed
 
 from cluster.control.fleet import Load
-from cluster.control.load_source import Expected, Held, Page
+from cluster.control.reading import Expected, Held, Page
 from cluster.control.samples import Series, load_of
 from cluster.control.trust import doubt_load
 

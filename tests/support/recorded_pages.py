@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.registry import Collector
 
-from cluster.control.load_source import Expected, Page
 from cluster.control.page_samples import parse_page
+from cluster.control.reading import Expected, Page
 from cluster.control.samples import WANTED, Series
 from cluster.metrics.families import Families
 from cluster.metrics.host import HostNumbers, host_families

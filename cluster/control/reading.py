@@ -58,7 +58,7 @@ def expected_of(state: ControllerState) -> Expected:
     hosts = [host.report for host in state.hosts.values() if host.report is not None and not host.lost]
     routers = [member.report for member in state.members.values() if member.report.kind is MemberKind.ROUTER]
     return Expected(
-        keys=frozenset(state.wanted),
+        keys=frozenset(state.journal.target),
         hosts=tuple(Page(name=report.name, address=report.metrics_address) for report in hosts),
         routers=tuple(Page(name=report.name, address=report.metrics_address) for report in routers),
     )
