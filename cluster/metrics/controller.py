@@ -21,6 +21,7 @@ MOVES_ENDED = ("done", "failed", "abandoned")
 def controller_families(numbers: ControllerNumbers) -> Iterator[Metric]:
     yield from _status_families(numbers.status)
     yield _replicas(numbers)
+    yield _imbalance(numbers)
     yield from _planner_families(numbers.planner)
 
 
@@ -49,13 +50,17 @@ def _replicas(numbers: ControllerNumbers) -> Metric:
     return family
 
 
+def _imbalance(numbers: ControllerNumbers) -> Metric:
+    text = "Time of a layer's slowest host over the mean, as the control loop measured it; 0 before it has."
+    layers = {layer: 0.0 for layer, _ in sorted(numbers.replicas)} | dict(numbers.planner.imbalance)
+    by_name = {str(layer): ratio for layer, ratio in layers.items()}
+    return gauges("herd_planner_layer_imbalance_ratio", text, "layer", by_name)
+
+
 def _planner_families(planner: PlannerNumbers) -> Iterator[Metric]:
     yield gauge("herd_planner_active", "1 where a control loop plans placements.", float(planner.is_planning))
     yield gauge("herd_planner_holding", "1 while it trusts no load and changes nothing.", float(bool(planner.holding)))
     yield gauge("herd_planner_load_age_seconds", "Age of the last load that it trusted.", planner.load_age_s)
-    text = "Time of a layer's slowest host over the mean, as the control loop measured it."
-    imbalance = {str(layer): ratio for layer, ratio in planner.imbalance.items()}
-    yield gauges("herd_planner_layer_imbalance_ratio", text, "layer", imbalance)
     balances = {
         "before": planner.balance_before,
         "predicted": planner.balance_predicted,
