@@ -200,7 +200,7 @@ class CountingApp:
             await self._app(scope, receive, counted)
         finally:
             self._active -= 1
-            if status == 200 and scope["path"].endswith(GENERATIONS):
+            if status == 200 and scope.get("path", "").endswith(GENERATIONS):
                 self._generations.add(time.monotonic() - began)
 
 
