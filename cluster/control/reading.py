@@ -54,8 +54,13 @@ class LoadSource(Protocol):
 
 
 def expected_of(state: ControllerState) -> Expected:
-    """The experts of the target, the hosts that report and are not lost, and the routers."""
-    hosts = [host.report for host in state.hosts.values() if host.report is not None and not host.lost]
+    """The experts of the target, the hosts that hold some of them and are not lost, and the routers.
+
+    Of a host that holds nothing there is nothing to be read, and a new one must not make a plan wait until somebody
+    found its page.
+    """
+    reports = [host.report for host in state.hosts.values() if host.report is not None and not host.lost]
+    hosts = [report for report in reports if report.held]
     routers = [member.report for member in state.members.values() if member.report.kind is MemberKind.ROUTER]
     return Expected(
         keys=frozenset(state.journal.target),

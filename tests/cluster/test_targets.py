@@ -171,7 +171,9 @@ def test_the_controller_serves_and_writes_the_list_and_tells_of_prometheus(tmp_p
 def test_replicas_and_expected_processes_follow_reports() -> None:
     target = {(1, 0): ("a",), (1, 1): ("a", "b")}
     state, _ = start(Journal(digest="d", target=target), ["a", "b"], 0.0)
-    assert expected_of(state).hosts == ()
+    empty = HostReport(name="a", incarnation=1, address="a", metrics_address="a:1")
+    state, _ = step(state, HostReported(report=empty, stream=ord("a")), 0.5)
+    assert expected_of(state).hosts == (), "nobody holds anything"
     held = frozenset({(1, 0), (1, 1), (1, 2)})
     for name in ("a", "b"):
         report = HostReport(name=name, incarnation=1, address=name, metrics_address=f"{name}:1", held=held)
