@@ -46,10 +46,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "--targets-file",
         str(targets),
     ]
-    flags += ["--metrics-ports", f"{first}-{first + 40}", "--name", "we.prometheus"]
+    flags += ["--metrics-ports", f"{first}-{first + 40}", "--name", "tiny.prometheus"]
     with serving(folder, tmp_path_factory.mktemp("state"), *flags) as cluster, busy(cluster):
         yield cluster
-        assert '"we.prometheus"' in targets.read_text()
+        assert '"tiny.prometheus"' in targets.read_text()
     assert not targets.exists()
 
 
@@ -102,7 +102,7 @@ def span(server: Prometheus) -> list[Any]:
 
 def test_targets_have_names(prometheus: Prometheus) -> None:
     labels = [target["labels"] for target in prometheus.get("/api/v1/targets")["data"]["activeTargets"]]
-    assert {one["cluster"] for one in labels} == {"we.prometheus"}
+    assert {one["cluster"] for one in labels} == {"tiny.prometheus"}
     assert sorted(one["role"] for one in labels) == ["controller", *["host"] * 2, *["ingress"] * 2, *["router"] * 2]
     assert {"host-0", "host-1", "controller"} <= {one["name"] for one in labels}
 
@@ -110,11 +110,11 @@ def test_targets_have_names(prometheus: Prometheus) -> None:
 def test_every_panel_has_data(prometheus: Prometheus) -> None:
     empty = []
     for path in DASHBOARDS:
-        for where, expression in expressions(dashboard(path), "we.prometheus", "15s"):
+        for where, expression in expressions(dashboard(path), "tiny.prometheus", "15s"):
             samples = prometheus.query(expression)
             if all(sample["value"][1] == "NaN" for sample in samples):
                 empty.append((where, expression))
-        for _, expression in annotations(dashboard(path), "we.prometheus", "15s"):
+        for _, expression in annotations(dashboard(path), "tiny.prometheus", "15s"):
             prometheus.query(expression)
     assert not empty
 
@@ -137,7 +137,7 @@ def test_both_readers_see_the_same_load(cluster: Cluster, prometheus: Prometheus
     own = ScrapeLoad(lambda: expected)
     own.start()
     until("the pages were read for a while", lambda: isinstance(own.load(0.0), Load) and seen(own) > 8.0)
-    ours, theirs = own.load(0.0), PrometheusLoad(prometheus.url, "we.prometheus", lambda: expected).load(0.0)
+    ours, theirs = own.load(0.0), PrometheusLoad(prometheus.url, "tiny.prometheus", lambda: expected).load(0.0)
     own.close()
     assert isinstance(ours, Load) and isinstance(theirs, Load), (ours, theirs)
     assert set(ours.rows) == set(theirs.rows) == expected.keys
@@ -147,7 +147,7 @@ def test_both_readers_see_the_same_load(cluster: Cluster, prometheus: Prometheus
     assert ours.dispatches > 0 and theirs.dispatches > 0
     assert set(ours.busy) == set(theirs.busy) == {"host-0", "host-1"}
     assert ours.queue_s is not None and theirs.queue_s is not None
-    stranger = PrometheusLoad(prometheus.url, "we", lambda: expected).load(0.0)
+    stranger = PrometheusLoad(prometheus.url, "tiny", lambda: expected).load(0.0)
     assert isinstance(stranger, Held), "a cluster whose name is the beginning of another's"
 
 
