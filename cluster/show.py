@@ -106,6 +106,7 @@ def as_text(status: ClusterStatus) -> str:
         rows.append((host.name, host.node, str(host.pid), host.address or host.transport, host.state, held))
     lines += table(rows)
     lines += ["", kv_line(status)] if status.routers else []
+    lines += [f"load: read from {controller.prometheus}"] if controller.prometheus else []
     if status.placement.is_moving:
         lines += ["", f"moving: {status.placement.loading} replicas load, {status.placement.draining} drain"]
     lines += ["", *(f"problem: {problem}" for problem in status.problems)] if status.problems else []

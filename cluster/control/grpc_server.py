@@ -23,6 +23,7 @@ from cluster.control.core import start, step
 from cluster.control.grpc_commands import Commands
 from cluster.control.journal import JournalFile
 from cluster.control.load_source import LoadSource, ReportedLoad
+from cluster.control.numbers import ControllerNumbers, planner_of, replicas_of
 from cluster.control.state import (
     Alarmed,
     ControllerState,
@@ -107,6 +108,7 @@ class ControlServer:
         executor: Executor,
         listener: Listener,
         node: str = "",
+        prometheus: str = "",
         timing: Timing | None = None,
         steering: Steering | None = None,
         load: LoadSource | None = None,
@@ -119,7 +121,7 @@ class ControlServer:
         self._executor = executor
         self._listener = listener
         self._clock = clock
-        self._info = ControllerInfo(pid=os.getpid(), node=node)
+        self._info = ControllerInfo(pid=os.getpid(), node=node, prometheus=prometheus)
         left = journal.read()
         self._journal = left if left is not None and left.digest == fresh.digest else _above(fresh, left)
         self._hosts = hosts
@@ -146,11 +148,18 @@ class ControlServer:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def status(self) -> ClusterStatus:
-        """What `herd status` shows; for the metrics page of this process."""
+        """What `herd status` shows."""
         core, loop = self._core, self._loop
         if core is None or loop is None:
             return ClusterStatus(name=self._name)
         return asyncio.run_coroutine_threadsafe(_call(core.status), loop).result(timeout=START_TIMEOUT_S)
+
+    def numbers(self) -> ControllerNumbers:
+        """For the metrics page of this process."""
+        core, loop = self._core, self._loop
+        if core is None or loop is None:
+            return ControllerNumbers(status=ClusterStatus(name=self._name))
+        return asyncio.run_coroutine_threadsafe(_call(core.numbers), loop).result(timeout=START_TIMEOUT_S)
 
     def set_metrics_address(self, address: str) -> None:
         """Tell the status where this process's metrics are."""
@@ -230,6 +239,11 @@ class _Core(ControlServiceServicer):
         status = status_of(self._state, self._name, self.info)
         return replace(status, problems=(*status.problems, *self._problems.values()))
 
+    def numbers(self) -> ControllerNumbers:
+        return ControllerNumbers(
+            status=self.status(), replicas=replicas_of(self._state), planner=planner_of(self._state)
+        )
+
     async def tick_for_ever(self) -> None:
         while True:
             self._feed(Tick())
@@ -246,7 +260,14 @@ class _Core(ControlServiceServicer):
                 # Not to know the load is no reason to stop.
                 log.exception("the load could not be read")
                 load = None
+            self._tell_problem("load", f"no load can be read: {source.problem}" if source.problem else "")
             self._feed(LoadRead(load=load))
+
+    def _tell_problem(self, what: str, text: str) -> None:
+        if text:
+            self._problems[what] = text
+        else:
+            self._problems.pop(what, None)
 
     def carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -409,7 +430,7 @@ async def _read(requests: AsyncIterator[Any], take: Callable[[Any], None]) -> No
         take(message)
 
 
-async def _call(function: Callable[[], ClusterStatus]) -> ClusterStatus:
+async def _call(function: Callable[[], Message]) -> Message:
     return function()
 
 

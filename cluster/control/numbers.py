@@ -1,0 +1,66 @@
+"""What the controller shows on its metrics page, as plain values taken from its state. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from cluster.control.state import ControllerState, HostState
+from experts.placement import ExpertKey
+from experts.reports import ClusterStatus
+
+REPLICA_STATES = ("serving", "loading", "draining", "lost")
+"""In the placement; ordered and not there yet; there and not wanted any more; wanted of a host that is lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannerNumbers:
+    """What the control loop measured, decided and did; as it stands here while there is no loop.
+
+    `holding` is why it acts on no load, empty while it does; `load_age_s` how old the last load is that it trusted.
+    `imbalance` by layer: time of the slowest host over the mean, as measured. Balances are mean over slowest, of the
+    worst layer that the last plan changed. `decisions` by what came of them, `moves` now by state, `moves_ended` by
+    outcome, `moved_bytes` and `move_s` of all moves that ended well. `hosts_wanted` is 0 until somebody counted.
+    """
+
+    is_planning: bool = False
+    holding: str = ""
+    load_age_s: float = 0.0
+    imbalance: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    balance_before: float = 0.0
+    balance_predicted: float = 0.0
+    balance_realised: float = 0.0
+    decisions: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    moves: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    moves_ended: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    moved_bytes: int = 0
+    move_s: float = 0.0
+    hosts_wanted: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerNumbers:
+    """All of it. `replicas` counts those of each expert by state."""
+
+    status: ClusterStatus
+    replicas: Mapping[ExpertKey, Mapping[str, int]] = field(default_factory=lambda: MappingProxyType({}))
+    planner: PlannerNumbers = field(default_factory=PlannerNumbers)
+
+
+def replicas_of(state: ControllerState) -> dict[ExpertKey, Counter[str]]:
+    """How many replicas of each expert are in which of REPLICA_STATES."""
+    counts: dict[ExpertKey, Counter[str]] = {key: Counter() for key in state.journal.target}
+    for host in state.hosts.values():
+        for key, where in _replicas_on(host):
+            counts.setdefault(key, Counter())[where] += 1
+    return counts
+
+
+def _replicas_on(host: HostState) -> Iterable[tuple[ExpertKey, str]]:
+    if host.lost:
+        return [(key, "lost") for key in host.target]
+    held = frozenset() if host.report is None else host.report.held
+    wanted = [(key, "serving" if key in host.serving else "loading") for key in host.target]
+    return [*wanted, *((key, "draining") for key in held - host.target)]
