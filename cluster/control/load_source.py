@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Protocol
 
+from cluster.control import reading
 from cluster.control.fleet import Load
+from cluster.control.reading import Expected, Held, expected_of
 from cluster.control.state import ControllerState, Count, HostState
 from experts.placement import ExpertKey
 from experts.reports import HostReport
@@ -22,7 +24,11 @@ MOST_COUNTS = 16
 
 
 class LoadSource(Protocol):
-    """Measures the load of all experts. Called on a thread of its own, one call at a time."""
+    """Measures the load of all experts. Called on a thread of its own, one call at a time. `problem` is why the last
+    reading came to nothing, for people; empty where there is nothing to tell."""
+
+    @property
+    def problem(self) -> str: ...
 
     def read(self, state: ControllerState, now: float) -> Load | None:
         """The load of the last seconds, its `at` by the clock of `now`; None when it is not known. Must not raise for
@@ -30,8 +36,26 @@ class LoadSource(Protocol):
         ...
 
 
+class MeasuredLoad:
+    """What is read of metrics pages, by Prometheus or by ourselves. `make` gets a function that tells what has to be
+    there: that is as the state said when a load was read last. `problem` is why there is none now."""
+
+    def __init__(self, make: Callable[[Callable[[], Expected]], reading.LoadSource]) -> None:
+        self._expected = Expected()
+        self._source = make(lambda: self._expected)
+        self.problem = ""
+
+    def read(self, state: ControllerState, now: float) -> Load | None:
+        self._expected = expected_of(state)
+        load = self._source.load(now)
+        self.problem = load.reason if isinstance(load, Held) else ""
+        return None if isinstance(load, Held) else load
+
+
 class ReportedLoad:
     """What hosts count themselves and send along with their reports."""
+
+    problem = ""
 
     def read(self, state: ControllerState, now: float) -> Load | None:
         """None until every host that is not away has counted for a while, and lately."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from cluster.control.state import ControllerState, HostState
+from cluster.control.status import placement_of
+from cluster.control.trust import doubt_load
 from experts.placement import ExpertKey
 from experts.reports import ClusterStatus
 
@@ -49,6 +51,26 @@ class ControllerNumbers:
     planner: PlannerNumbers = field(default_factory=PlannerNumbers)
 
 
+def planner_of(state: ControllerState) -> PlannerNumbers:
+    """What the control loop is at."""
+    placement, trusted = placement_of(state), state.planning.trusted
+    last = state.journal.history[-1] if state.journal.history else None
+    doubt = doubt_load(state.load, state.moving.goal, state.ticked_at, state.steering.policy.max_age_s)
+    return PlannerNumbers(
+        is_planning=placement.rebalances,
+        holding=doubt if placement.rebalances and state.moving.goal else "",
+        load_age_s=max(0.0, state.ticked_at - trusted.at) if trusted is not None else 0.0,
+        imbalance=placement.imbalance,
+        balance_before=(last.before if last else None) or 0.0,
+        balance_predicted=placement.predicted or (last.predicted if last else None) or 0.0,
+        balance_realised=placement.realised or 0.0,
+        moves={"loading": placement.loading, "draining": placement.draining},
+        moves_ended={"done": placement.loaded_total, "abandoned": placement.given_up_total},
+        moved_bytes=placement.loaded_total * placement.expert_bytes,
+        hosts_wanted=state.plan.size.hosts if state.plan is not None else 0,
+    )
+
+
 def replicas_of(state: ControllerState) -> dict[ExpertKey, Counter[str]]:
     """How many replicas of each expert are in which of REPLICA_STATES."""
     counts: dict[ExpertKey, Counter[str]] = {key: Counter() for key in state.journal.target}
@@ -60,7 +82,7 @@ def replicas_of(state: ControllerState) -> dict[ExpertKey, Counter[str]]:
 
 def _replicas_on(host: HostState) -> Iterable[tuple[ExpertKey, str]]:
     if host.lost:
-        return [(key, "lost") for key in host.target]
+        return [(key, "lost") for key in host.duty]
     held = frozenset() if host.report is None else host.report.held
-    wanted = [(key, "serving" if key in host.serving else "loading") for key in host.target]
-    return [*wanted, *((key, "draining") for key in held - host.target)]
+    wanted = [(key, "serving" if key in host.serving else "loading") for key in host.duty]
+    return [*wanted, *((key, "draining") for key in held - host.duty)]
