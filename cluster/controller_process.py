@@ -12,11 +12,12 @@ from pathlib import Path
 from cluster.config import ServeSettings
 from cluster.control.grpc_server import ControlServer, Executor, Listener
 from cluster.control.journal import JournalFile
-from cluster.control.load_source import LoadSource, MeasuredLoad, ReportedLoad
 from cluster.control.pack import pack
 from cluster.control.plan import Policy
 from cluster.control.prometheus_load import PrometheusLoad
+from cluster.control.reading import WINDOW_S, LoadSource
 from cluster.control.replicas import Replicas
+from cluster.control.scrape_load import ScrapeLoad
 from cluster.control.state import Journal, Steering
 from cluster.control.targets import targets_json
 from cluster.metrics.controller import controller_families
@@ -28,9 +29,6 @@ from experts.config import load_config
 
 TARGETS_PATH = "/targets"
 """On the controller's metrics page: what Prometheus's `http_sd` asks for."""
-
-LOAD_WINDOW_S = 5.0
-"""Short, so that a shift of the load is soon seen whole; at a scrape each second still four intervals or five."""
 
 log = logging.getLogger(__name__)
 
@@ -116,12 +114,8 @@ def plan_target(settings: ServeSettings) -> Replicas:
 
 
 def load_source_of(settings: ServeSettings) -> LoadSource:
-    """Prometheus where there is one, else what hosts report."""
-    if not settings.prometheus:
-        return ReportedLoad()
-    return MeasuredLoad(
-        lambda expected: PrometheusLoad(settings.prometheus, settings.name, expected, window_s=LOAD_WINDOW_S)
-    )
+    """Prometheus where there is one, else the pages themselves."""
+    return PrometheusLoad(settings.prometheus, settings.name) if settings.prometheus else ScrapeLoad()
 
 
 def steering_of(settings: ServeSettings) -> Steering:
@@ -130,7 +124,8 @@ def steering_of(settings: ServeSettings) -> Steering:
         rebalances=settings.rebalance,
         num_replicas=settings.replicas,
         extra_slots=settings.extra_slots,
-        policy=Policy(min_replicas=settings.replicas),
+        # An imbalance is acted upon when nearly all that was measured is of it, not of what was before.
+        policy=Policy(min_replicas=settings.replicas, settle_s=0.75 * WINDOW_S),
     )
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from cluster.control.plan import Outcome
 from cluster.control.state import ControllerState, HostState
 from cluster.control.status import placement_of
-from cluster.control.trust import doubt_load
+from cluster.control.steer import doubt_of
 from experts.placement import ExpertKey
 from experts.reports import ClusterStatus
 
@@ -19,12 +20,13 @@ REPLICA_STATES = ("serving", "loading", "draining", "lost")
 
 @dataclass(frozen=True, kw_only=True)
 class PlannerNumbers:
-    """What the control loop measured, decided and did; as it stands here while there is no loop.
+    """What the control loop measured, decided and did; as it stands here where there are no experts to place.
 
     `holding` is why it acts on no load, empty while it does; `load_age_s` how old the last load is that it trusted.
     `imbalance` by layer: time of the slowest host over the mean, as measured. Balances are mean over slowest, of the
-    worst layer that the last plan changed. `decisions` by what came of them, `moves` now by state, `moves_ended` by
-    outcome, `moved_bytes` and `move_s` of all moves that ended well. `hosts_wanted` is 0 until somebody counted.
+    worst layer that the last plan changed whose moves are done; before the first is done, what it was to bring.
+    `decisions` by what came of them, `moves` now by state, `moves_ended` by outcome, `moved_bytes` and `move_s` of all
+    moves that ended well. `hosts_wanted` is 0 until somebody counted.
     """
 
     is_planning: bool = False
@@ -34,7 +36,7 @@ class PlannerNumbers:
     balance_before: float = 0.0
     balance_predicted: float = 0.0
     balance_realised: float = 0.0
-    decisions: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    decisions: Mapping[Outcome, int] = field(default_factory=lambda: MappingProxyType({}))
     moves: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     moves_ended: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     moved_bytes: int = 0
@@ -53,20 +55,26 @@ class ControllerNumbers:
 
 def planner_of(state: ControllerState) -> PlannerNumbers:
     """What the control loop is at."""
-    placement, trusted = placement_of(state), state.planning.trusted
-    last = state.journal.history[-1] if state.journal.history else None
-    doubt = doubt_load(state.load, state.moving.goal, state.ticked_at, state.steering.policy.max_age_s)
+    placement, trusted, history = placement_of(state), state.planning.trusted, state.journal.history
+    measured = [applied for applied in history if applied.realised is not None]
+    last = (measured or history or (None,))[-1]
     return PlannerNumbers(
         is_planning=placement.rebalances,
-        holding=doubt if placement.rebalances and state.moving.goal else "",
+        holding=doubt_of(state) if placement.rebalances and state.moving.goal else "",
         load_age_s=max(0.0, state.ticked_at - trusted.at) if trusted is not None else 0.0,
         imbalance=placement.imbalance,
         balance_before=(last.before if last else None) or 0.0,
-        balance_predicted=placement.predicted or (last.predicted if last else None) or 0.0,
-        balance_realised=placement.realised or 0.0,
+        balance_predicted=(last.predicted if last else None) or 0.0,
+        balance_realised=(last.realised if last else None) or 0.0,
+        decisions=state.decisions,
         moves={"loading": placement.loading, "draining": placement.draining},
-        moves_ended={"done": placement.loaded_total, "abandoned": placement.given_up_total},
-        moved_bytes=placement.loaded_total * placement.expert_bytes,
+        moves_ended={
+            "done": state.num_loaded,
+            "failed": state.num_not_loaded,
+            "abandoned": state.num_given_up - state.num_not_loaded,
+        },
+        moved_bytes=state.num_loaded * placement.expert_bytes,
+        move_s=state.move_s,
         hosts_wanted=state.plan.size.hosts if state.plan is not None else 0,
     )
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from urllib.parse import quote
 
 from cluster.control.fleet import Load
 from cluster.control.http_get import get
 from cluster.control.prometheus_answer import parse_series, parse_time
-from cluster.control.reading import Expected, Held
+from cluster.control.reading import WINDOW_S, Expected, Held
 from cluster.control.samples import WANTED, load_of
 
 TIMEOUT_S = 5.0
@@ -17,27 +16,18 @@ MAX_BYTES = 128 << 20
 
 
 class PrometheusLoad:
-    """Reads through the HTTP query API at `url`. `expected` says what has to be there, each time.
+    """Reads through the HTTP query API at `url`.
 
     Series that bear the label `cluster`, as `/targets` gives it, are read only if it is `cluster`.
     """
 
-    def __init__(
-        self,
-        url: str,
-        cluster: str,
-        expected: Callable[[], Expected],
-        *,
-        window_s: float = 10.0,
-        timeout_s: float = TIMEOUT_S,
-    ) -> None:
+    def __init__(self, url: str, cluster: str, *, window_s: float = WINDOW_S, timeout_s: float = TIMEOUT_S) -> None:
         self._url = url.rstrip("/")
-        self._expected = expected
         self._window_s = window_s
         self._timeout_s = timeout_s
         self._query = selector(cluster, window_s)
 
-    def load(self, now: float) -> Load | Held:
+    def load(self, expected: Expected, now: float) -> Load | Held:
         """See `LoadSource`. Blocks for two answers, `timeout_s` each at most."""
         # The server's clock: ours may differ, and age is a difference of instants of one clock.
         body = self._ask("time()")
@@ -48,10 +38,7 @@ class PrometheusLoad:
         series = body if isinstance(body, Held) else parse_series(body)
         if isinstance(series, Held):
             return series
-        return load_of(series, self._expected(), at, self._window_s, now)
-
-    def close(self) -> None:
-        """Nothing stays open between two questions."""
+        return load_of(series, expected, at, self._window_s, now)
 
     def _ask(self, query: str, at: float | None = None) -> bytes | Held:
         when = "" if at is None else f"&time={at:.3f}"

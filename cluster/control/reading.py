@@ -10,6 +10,9 @@ from cluster.control.state import ControllerState
 from experts.placement import ExpertKey
 from experts.reports import MemberKind
 
+WINDOW_S = 4.0
+"""Short, so that a shift of the load is soon seen whole; at a reading each second three intervals or four."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
@@ -39,17 +42,13 @@ class Expected:
 
 
 class LoadSource(Protocol):
-    """Measures. May block for some seconds (bounded), so it is asked on a thread that serves nobody."""
+    """Measures. Asked about once a second, on a thread that serves nobody: it may block, for some seconds at most."""
 
-    def load(self, now: float) -> Load | Held:
+    def load(self, expected: Expected, now: float) -> Load | Held:
         """The load until about `now`, an instant of the caller's clock; `Load.at` is of that clock, too.
 
         Never raises for what a network or another program does: that is `Held`.
         """
-        ...
-
-    def close(self) -> None:
-        """End threads and connections, if there are any."""
         ...
 
 

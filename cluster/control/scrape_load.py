@@ -1,4 +1,4 @@
-"""The load without any Prometheus: the controller reads the pages itself, once a second, and keeps a window of it."""
+"""The load without any Prometheus: the controller reads the pages itself, and keeps a window of it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from cluster.control.fleet import Load
 from cluster.control.http_get import get
 from cluster.control.page_samples import Sample, parse_page
-from cluster.control.reading import Expected, Held, Page
+from cluster.control.reading import WINDOW_S, Expected, Held, Page
 from cluster.control.samples import WANTED, Series, load_of
 
-EVERY_S = 1.0
 TIMEOUT_S = 2.0
 MAX_PAGE_BYTES = 32 << 20
 READERS = 8
@@ -61,59 +60,45 @@ class PageWindow:
 
 
 class ScrapeLoad:
-    """Reads the pages of all that is `expected`, from threads of its own between `start` and `close`."""
+    """Reads the pages of all that is expected, whenever it is asked, and remembers what it read before."""
 
     def __init__(
         self,
-        expected: Callable[[], Expected],
         *,
-        window_s: float = 10.0,
-        every_s: float = EVERY_S,
+        window_s: float = WINDOW_S,
+        timeout_s: float = TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._expected = expected
         self._window_s = window_s
-        self._every_s = every_s
+        self._timeout_s = timeout_s
         self._clock = clock
         self._window = PageWindow(window_s)
-        self._stopping = threading.Event()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="scrape")
-        self._thread = threading.Thread(target=self._run, name="scrape", daemon=True)
-        self._problems: dict[Page, str] = {}
+        self._reading: dict[Page, Future[str]] = {}
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def read_once(self) -> None:
-        """Read every page. For the thread, or for whoever does without it."""
-        expected = self._expected()
-        pages = [page for page in (*expected.hosts, *expected.routers) if page.address]
-        told = zip(pages, self._readers.map(self._read, pages), strict=True)
-        self._problems = {page: problem for page, problem in told if problem}
-
-    def load(self, now: float) -> Load | Held:
-        """See `LoadSource`. Never blocks for the network."""
-        load = load_of(self._window.series(), self._expected(), self._clock(), self._window_s, now)
-        problem = next(iter(list(self._problems.values())), "")
+    def load(self, expected: Expected, now: float) -> Load | Held:
+        """See `LoadSource`. Blocks for `timeout_s` at most; pages that take longer are read for the next time."""
+        problem = self._read_all([page for page in (*expected.hosts, *expected.routers) if page.address])
+        load = load_of(self._window.series(), expected, self._clock(), self._window_s, now)
         return Held(reason=f"{load.reason} ({problem})") if isinstance(load, Held) and problem else load
 
-    def close(self) -> None:
-        self._stopping.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout=2 * TIMEOUT_S)
-        self._readers.shutdown(wait=False, cancel_futures=True)
-
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            began = self._clock()
-            self.read_once()
-            self._stopping.wait(max(0.0, self._every_s - (self._clock() - began)))
+    def _read_all(self, pages: list[Page]) -> str:
+        """Returns what is wrong with one of them; empty when all were read."""
+        for page in pages:
+            # Of a page that is being read still there must not be two readings at a time: they could change places.
+            if page not in self._reading:
+                self._reading[page] = self._readers.submit(self._read, page)
+        done, late = wait(self._reading.values(), timeout=self._timeout_s)
+        self._reading = {page: reading for page, reading in self._reading.items() if reading in late}
+        problems = [problem for reading in done if (problem := reading.result())]
+        problems += [f"{page.name} takes long" for page in self._reading]
+        return min(problems, default="")
 
     def _read(self, page: Page) -> str:
         """Take in one page; returns what is wrong with it."""
         # When it was asked: what it says is at least as new.
         at = self._clock()
-        body = get(f"http://{page.address}/metrics", TIMEOUT_S, MAX_PAGE_BYTES)
+        body = get(f"http://{page.address}/metrics", self._timeout_s, MAX_PAGE_BYTES)
         if isinstance(body, Held):
             return body.reason
         try:

@@ -11,7 +11,6 @@ import pytest
 from cluster.control.core import start, step
 from cluster.control.fleet import Load
 from cluster.control.journal import decode, encode
-from cluster.control.load_source import ReportedLoad
 from cluster.control.move_state import Limits
 from cluster.control.pack import pack
 from cluster.control.plan import Policy
@@ -35,6 +34,7 @@ from cluster.control.state import (
     WriteJournal,
 )
 from cluster.control.status import status_of
+from cluster.simulate.counted_load import CountedLoad
 from experts.errors import InvalidInput
 from experts.placement import ClusterView, ExpertKey
 from experts.reports import ControllerInfo, HostOrder, HostReport
@@ -61,6 +61,7 @@ class Site:
     stream: int = 1
     disk: str = ""
     before_effect: Callable[[], None] = field(default=lambda: None)
+    load: CountedLoad = field(default_factory=CountedLoad)
     state: ControllerState = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +102,7 @@ class Site:
             for name in HOSTS:
                 self.obey(name)
             self.take(Tick())
-            self.take(LoadRead(load=ReportedLoad().read(self.state, self.now)))
+            self.take(LoadRead(load=self.load.load(self.state, self.now)))
 
     def obey(self, name: str) -> None:
         order = self.orders.get(name)
@@ -348,7 +349,7 @@ def test_a_controller_that_is_killed_before_any_effect_of_a_plan_goes_on_with_it
 
 
 def spoiled(site: Site) -> Mapping[str, Load | None]:
-    load = ReportedLoad().read(site.state, site.now)
+    load = site.load.load(site.state, site.now)
     assert load is not None
     first = KEYS[0]
     return {
@@ -383,16 +384,16 @@ def test_rates_are_read_of_hosts_that_count_without_a_break() -> None:
     key = next(key for key in KEYS if site.placed(key) == ("h0",))
     site.rates = {key: 500}
     site.run(5)
-    load = ReportedLoad().read(site.state, site.now)
+    load = site.load.load(site.state, site.now)
     assert load is not None and load.rows.keys() == set(KEYS)
     assert load.rows[key] == pytest.approx(500.0) and sum(load.rows.values()) == pytest.approx(500.0)
-    assert ReportedLoad().read(site.state, site.now + 3.0) is None, "too old"
+    assert site.load.load(site.state, site.now + 3.0) is None, "too old"
     # A new life of a host counts from nothing: what it had counted before says nothing about now.
     host = site.state.hosts["h0"]
     assert host.report is not None
     reborn = replace(host.report, incarnation=2, rows={}, num_shipments=0)
     site.take(HostReported(report=reborn, stream=site.stream))
-    assert ReportedLoad().read(site.state, site.now) is None
+    assert site.load.load(site.state, site.now) is None
 
 
 def test_the_journal_keeps_moves_and_history() -> None:

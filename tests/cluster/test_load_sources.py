@@ -19,7 +19,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from real_prometheus import needs_prometheus, promtool, running_prometheus
 from recorded_pages import EXPECTED, KEYS, PLACEMENT, Cluster, Reading, page_text, record, series_of, skewed
 from scripted_http import answering, whole
-from serving import until
 
 from cluster.control.fleet import Fleet, HostSpec, Load
 from cluster.control.http_get import get
@@ -66,7 +65,7 @@ ENDED = 1011.5
 
 
 def prometheus_load(url: str, timeout_s: float = 5.0) -> PrometheusLoad:
-    return PrometheusLoad(url, "herd", lambda: EXPECTED, timeout_s=timeout_s)
+    return PrometheusLoad(url, "herd", window_s=10.0, timeout_s=timeout_s)
 
 
 def scripted(matrix: bytes, at: bytes = time_of(ENDED)) -> Callable[[str, socket.socket], None]:
@@ -86,10 +85,10 @@ def test_real_prometheus_and_the_pages_themselves_give_the_same_plan(tmp_path: P
     (tmp_path / "recorded").write_text("".join(open_metrics(readings)) + "# EOF\n")
     promtool("tsdb", "create-blocks-from", "openmetrics", str(tmp_path / "recorded"), str(tmp_path / "data"))
     with running_prometheus(tmp_path, "global: {}\n") as server:
-        asked = PrometheusLoad(server.url, "herd", lambda: EXPECTED, window_s=WINDOW_S).load(NOW)
-        assert "span only" in held(PrometheusLoad(server.url, "herd", lambda: EXPECTED, window_s=300.0).load(NOW))
-        nobody = PrometheusLoad(server.url, "her", lambda: EXPECTED, window_s=WINDOW_S)
-        assert "nothing was read" in held(nobody.load(NOW)), "a name that another one begins with"
+        asked = PrometheusLoad(server.url, "herd", window_s=WINDOW_S).load(EXPECTED, NOW)
+        assert "span only" in held(PrometheusLoad(server.url, "herd", window_s=300.0).load(EXPECTED, NOW))
+        nobody = PrometheusLoad(server.url, "her", window_s=WINDOW_S)
+        assert "nothing was read" in held(nobody.load(EXPECTED, NOW)), "a name that another one begins with"
     window = PageWindow(WINDOW_S)
     for reading in readings:
         window.take(reading.page, reading.at, reading.text)
@@ -126,8 +125,7 @@ def test_an_answer_in_prometheus_form_gives_the_same_plan_as_the_pages() -> None
     own = load_of(window.series(), EXPECTED, ENDED, 10.0, NOW)
     with answering(scripted(answer_of(READINGS))) as url:
         source: LoadSource = prometheus_load(url)
-        asked = source.load(NOW)
-        source.close()
+        asked = source.load(EXPECTED, NOW)
     assert asked == own
     assert made_plan(asked) == made_plan(own)
 
@@ -187,13 +185,13 @@ FAULTS: dict[str, tuple[Callable[[str, socket.socket], None], str]] = {
 def test_a_fault_of_prometheus_holds(fault: str) -> None:
     answer, why = FAULTS[fault]
     with answering(answer) as url:
-        assert why in held(prometheus_load(url).load(NOW))
+        assert why in held(prometheus_load(url).load(EXPECTED, NOW))
 
 
 @pytest.mark.parametrize("answer", [never, slowly])
 def test_a_prometheus_that_takes_too_long_is_left(answer: Callable[[str, socket.socket], None]) -> None:
     with answering(answer) as url:
-        assert "did not answer" in held(prometheus_load(url, timeout_s=0.3).load(NOW))
+        assert "did not answer" in held(prometheus_load(url, timeout_s=0.3).load(EXPECTED, NOW))
 
 
 def test_answers_without_end_are_left() -> None:
@@ -204,7 +202,7 @@ def test_answers_without_end_are_left() -> None:
 
     with answering(endless) as url:
         assert "more than 1000000 bytes" in held_bytes(get(url, 30.0, 1_000_000))
-    assert "cannot be asked" in held(prometheus_load(url).load(NOW)), "nobody listens any more"
+    assert "cannot be asked" in held(prometheus_load(url).load(EXPECTED, NOW)), "nobody listens any more"
 
 
 def held_bytes(body: bytes | Held) -> str:
@@ -331,17 +329,17 @@ def pages() -> Iterator[tuple[Cluster, Expected]]:
 def test_pages_are_scraped_and_become_a_load(pages: tuple[Cluster, Expected]) -> None:
     cluster, expected = pages
     clock = Clock()
-    source = ScrapeLoad(lambda: expected, every_s=0.0, clock=clock)
-    assert "nothing was read" in held(source.load(NOW))
+    source = ScrapeLoad(window_s=10.0, clock=clock)
+    nowhere = replace(expected, hosts=tuple(replace(page, address="") for page in expected.hosts))
+    assert "nothing was read" in held(source.load(nowhere, NOW))
+    load: Load | Held = Held(reason="")
     for second in range(12):
         cluster.seconds = float(second)
-        source.read_once()
         clock.now += 1.0
-    load = source.load(NOW)
-    source.close()
+        load = source.load(expected, NOW)
     assert isinstance(load, Load), load
     assert load.rows == pytest.approx(skewed(5), abs=0.2)
-    assert load.at == NOW - 1.0
+    assert load.at == NOW
 
 
 def test_a_page_that_cannot_be_read_is_named(pages: tuple[Cluster, Expected]) -> None:
@@ -349,13 +347,21 @@ def test_a_page_that_cannot_be_read_is_named(pages: tuple[Cluster, Expected]) ->
     with answering(lambda path, connection: connection.sendall(whole(b"herd_expert_rows_total x\n"))) as url:
         broken = replace(expected.hosts[1], address=url.removeprefix("http://"))
         expected = replace(expected, hosts=(expected.hosts[0], broken))
-        source = ScrapeLoad(lambda: expected, every_s=0.01)
-        source.start()
-        told = until("the problem is told", lambda: told_of(source, "cannot be read"))
-        source.close()
-    assert "host host-1" in told
+        told = held(ScrapeLoad().load(expected, NOW))
+    assert "cannot be read" in told and "host-1" in told
 
 
-def told_of(source: ScrapeLoad, what: str) -> str:
-    load = source.load(NOW)
-    return load.reason if isinstance(load, Held) and what in load.reason else ""
+def test_a_page_that_never_answers_is_left_and_the_others_count(pages: tuple[Cluster, Expected]) -> None:
+    cluster, expected = pages
+    clock = Clock()
+    source = ScrapeLoad(window_s=10.0, timeout_s=0.3, clock=clock)
+    with answering(never) as url:
+        silent = replace(expected.hosts[1], address=url.removeprefix("http://"))
+        half = replace(expected, hosts=(expected.hosts[0], silent))
+        for second in range(5):
+            cluster.seconds = float(second)
+            assert "of host host-1" in held(source.load(half, NOW))
+            clock.now += 1.0
+    alone = replace(expected, keys=frozenset(key for key in KEYS if PLACEMENT[key] == ("host-0",)))
+    load = source.load(replace(alone, hosts=expected.hosts[:1]), NOW)
+    assert isinstance(load, Load) and load.window_s == 5.0

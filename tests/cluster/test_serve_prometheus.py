@@ -134,11 +134,9 @@ def test_both_readers_see_the_same_load(cluster: Cluster, prometheus: Prometheus
         hosts=tuple(Page(name=one["name"], address=one["metrics_address"]) for one in status["hosts"]),
         routers=tuple(Page(name=one["name"], address=one["metrics_address"]) for one in status["routers"]),
     )
-    own = ScrapeLoad(lambda: expected)
-    own.start()
-    until("the pages were read for a while", lambda: isinstance(own.load(0.0), Load) and seen(own) > 8.0)
-    ours, theirs = own.load(0.0), PrometheusLoad(prometheus.url, "tiny.prometheus", lambda: expected).load(0.0)
-    own.close()
+    own, read = ScrapeLoad(window_s=10.0), PrometheusLoad(prometheus.url, "tiny.prometheus", window_s=10.0)
+    until("the pages were read for a while", lambda: seen(own, expected) > 8.0)
+    ours, theirs = own.load(expected, 0.0), read.load(expected, 0.0)
     assert isinstance(ours, Load) and isinstance(theirs, Load), (ours, theirs)
     assert set(ours.rows) == set(theirs.rows) == expected.keys
     # Of two windows a moment apart, under load that comes in waves: the same order of magnitude, no more is promised.
@@ -147,12 +145,12 @@ def test_both_readers_see_the_same_load(cluster: Cluster, prometheus: Prometheus
     assert ours.dispatches > 0 and theirs.dispatches > 0
     assert set(ours.busy) == set(theirs.busy) == {"host-0", "host-1"}
     assert ours.queue_s is not None and theirs.queue_s is not None
-    stranger = PrometheusLoad(prometheus.url, "tiny", lambda: expected).load(0.0)
+    stranger = PrometheusLoad(prometheus.url, "tiny").load(expected, 0.0)
     assert isinstance(stranger, Held), "a cluster whose name is the beginning of another's"
 
 
-def seen(own: ScrapeLoad) -> float:
-    load = own.load(0.0)
+def seen(own: ScrapeLoad, expected: Expected) -> float:
+    load = own.load(expected, 0.0)
     return load.window_s if isinstance(load, Load) else 0.0
 
 
