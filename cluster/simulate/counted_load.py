@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from types import MappingProxyType
 
 from cluster.control.fleet import Load
@@ -67,9 +66,14 @@ class CountedLoad:
     def _take(self, name: str, state: ControllerState) -> None:
         host = state.hosts[name]
         counts = self._counts.setdefault(name, deque(maxlen=16))
-        if host.report is None or (counts and host.heard_at <= counts[-1].at):
-            return
         report = host.report
+        if report is None:
+            return
+        if counts and counts[-1].incarnation != report.incarnation:
+            # A new life counts from nothing.
+            counts.clear()
+        if counts and host.heard_at <= counts[-1].at:
+            return
         counts.append(
             Count(
                 at=host.heard_at,
@@ -79,10 +83,6 @@ class CountedLoad:
                 compute_s=report.compute_s,
             )
         )
-        if any(before.incarnation != after.incarnation for before, after in pairwise(counts)):
-            last = counts.pop()
-            counts.clear()
-            counts.append(last)
 
     def _span(self, name: str, state: ControllerState, now: float) -> tuple[Count, Count] | None:
         """The first and the last count of the window."""
