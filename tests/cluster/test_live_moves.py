@@ -12,6 +12,7 @@ from cluster.control.core import start, step
 from cluster.control.fleet import Load
 from cluster.control.journal import decode, encode
 from cluster.control.move_state import Limits
+from cluster.control.numbers import planner_of
 from cluster.control.pack import pack
 from cluster.control.plan import Policy
 from cluster.control.state import (
@@ -34,6 +35,7 @@ from cluster.control.state import (
     WriteJournal,
 )
 from cluster.control.status import status_of
+from cluster.control.steer import expert_bytes, plan_ahead
 from cluster.simulate.counted_load import CountedLoad
 from experts.errors import InvalidInput
 from experts.placement import ClusterView, ExpertKey
@@ -93,15 +95,18 @@ class Site:
                 case SendOrder(name=name, order=order):
                     self.orders[name] = order
 
+    def tick(self) -> None:
+        self.now += 0.5
+        for key, rate in self.rates.items():
+            name = self.placed(key)[0]
+            self.rows[name][key] = self.rows[name].get(key, 0) + rate // 2
+        for name in HOSTS:
+            self.obey(name)
+        self.take(Tick())
+
     def run(self, seconds: float) -> None:
         for _ in range(round(seconds / 0.5)):
-            self.now += 0.5
-            for key, rate in self.rates.items():
-                name = self.placed(key)[0]
-                self.rows[name][key] = self.rows[name].get(key, 0) + rate // 2
-            for name in HOSTS:
-                self.obey(name)
-            self.take(Tick())
+            self.tick()
             self.take(LoadRead(load=self.load.load(self.state, self.now)))
 
     def obey(self, name: str) -> None:
@@ -377,6 +382,48 @@ def test_a_load_that_cannot_be_trusted_holds_and_says_so(how: str) -> None:
             site.take(LoadRead(load=spoiled(site)[how]))
     assert site.placement() == before and not site.state.journal.history
     assert status_of(site.state, "herd", ControllerInfo()).placement.held_by
+
+
+def uneven(site: Site) -> Load:
+    """What is measured once one host is much busier than the others; the loop had no turn yet."""
+    site.rates = dict.fromkeys([key for key in KEYS if site.placed(key) == ("h0",)], 2000)
+    load: Load | None = None
+    for _ in range(12):
+        site.tick()
+        load = site.load.load(site.state, site.now)
+    assert load is not None
+    return load
+
+
+def test_a_plan_made_ahead_counts_only_for_the_state_that_it_was_made_for() -> None:
+    site = Site()
+    load, before = uneven(site), site.state.decisions
+    question = plan_ahead(site.state, load, site.now)
+    assert question is not None
+    ahead = question.answer(site.now)
+    assert ahead.plan.is_change
+    site.take(LoadRead(load=replace(load, rows=dict.fromkeys(KEYS, 1.0)), ahead=ahead))
+    assert not site.state.journal.history and site.state.decisions == before, "the load is another one"
+    site.take(LoadRead(load=load, ahead=ahead))
+    assert site.state.moving.goal == ahead.plan.target and len(site.state.journal.history) == 1
+    assert site.state.decisions == {**before, "change": 1}
+    moved = plan_ahead(site.state, load, site.now)
+    assert moved is None, "while replicas move there is nothing to plan"
+
+
+def test_what_the_loop_did_is_counted() -> None:
+    site = Site()
+    load = uneven(site)
+    site.take(LoadRead(load=load))
+    site.run(10)
+    numbers, (applied, *_) = planner_of(site.state), site.state.journal.history
+    assert numbers.moves_ended["done"] >= applied.loads > 0 and numbers.moves_ended["failed"] == 0
+    assert numbers.moved_bytes == numbers.moves_ended["done"] * expert_bytes(site.state)
+    assert 0.0 < numbers.move_s <= 0.5 * numbers.moves_ended["done"]
+    assert numbers.decisions["change"] >= 1 and numbers.decisions["no_change"] >= 1
+    site.take(LoadRead(load=None, missing="the wire is cut"))
+    assert planner_of(site.state).holding == "the wire is cut" and planner_of(site.state).decisions["held"] >= 1
+    assert status_of(site.state, "herd", ControllerInfo()).placement.held_by == "the wire is cut"
 
 
 def test_rates_are_read_of_hosts_that_count_without_a_break() -> None:
