@@ -14,6 +14,7 @@ from cluster.control.state import (
     ControllerState,
     Effect,
     HostDrainAsked,
+    LoadRead,
     MoveAsked,
     PlanAsked,
     RollbackAsked,
@@ -145,7 +146,8 @@ def _drain(state: ControllerState, name: str, now: float, effects: list[Effect])
     # Others have what it had when it is away; it need not come back.
     target = state.moving.goal if name in journal.away else journal.target
     journal = replace(journal, draining=journal.draining | {name}, away=journal.away - {name}, target=target)
-    return take_turn(replace(state, journal=journal), state.load, now, effects)
+    again = LoadRead(load=state.load, missing=state.load_missing)
+    return take_turn(replace(state, journal=journal), again, now, effects)
 
 
 def _roll_back(state: ControllerState, epoch: int | None, now: float, effects: list[Effect]) -> ControllerState:

@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from cluster.control.asked import ask
-from cluster.control.load_source import count
 from cluster.control.moves import to_hold
 from cluster.control.pack import spread
 from cluster.control.replicas import Replicas
@@ -100,7 +99,7 @@ def step(state: ControllerState, event: Event, now: float) -> tuple[ControllerSt
         case Tick():
             state = _tick(state, now, effects)
         case LoadRead():
-            state = take_turn(state, event.load, now, effects)
+            state = take_turn(state, event, now, effects)
         case _:
             state = ask(state, event, now, effects)
     state = _publish(state, written, now, effects)
@@ -119,7 +118,6 @@ def _host_reported(state: ControllerState, event: HostReported, now: float, effe
     serving = _serving(host, report)
     ordered = host.ordered if host.stream == event.stream else None
     first = host.report is None
-    host = count(host, report, now)
     host = replace(host, report=report, heard_at=now, stream=event.stream, ordered=ordered, lost=False, serving=serving)
     state = _with_host(state, report.name, host)
     return advance(_look_after_hosts(_spread(state) if first else state, now, effects), now, effects)

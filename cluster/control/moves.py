@@ -257,7 +257,7 @@ def _load(
         if host is None or name in busy or used[name] >= host.slots + limits.staging:
             continue
         source = _source(state, key, busy | {host for what, host in down if what == key}, fleet)
-        loading[replica] = Loading(source=source, deadline=now + limits.deadline_s(fleet.expert_bytes))
+        loading[replica] = Loading(source=source, begun=now, deadline=now + limits.deadline_s(fleet.expert_bytes))
         effects.append(LoadReplica(replica=replica, source=source))
         used[name] += 1
         busy |= {name, source} - {""}
