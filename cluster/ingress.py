@@ -11,12 +11,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cluster.config import ServeSettings
 from cluster.image_rules import image_rules
 from cluster.metrics.ingress import IngressNumbers, ingress_families
 from cluster.metrics.page import MetricsPage
+from cluster.run_file import prepare_state_dir, state_dirs
 from cluster.topology import Role, max_connections, metrics_ports
 from experts.config import load_config
 from experts.errors import RouterLost
@@ -84,6 +86,7 @@ class IngressProcess:
             max_connections=max_connections(settings),
             grace_s=FINISH_S,
             on_end=self.backend.pool.aclose,
+            meeting=_meeting(settings),
         )
         self.metrics = MetricsPage(
             lambda: ingress_families(self.app.numbers()), bind=bind, ports=metrics_ports(settings, Role.INGRESS)
@@ -206,6 +209,12 @@ class CountingApp:
             self._active -= 1
             if status == 200 and scope.get("path", "").endswith(GENERATIONS):
                 self._generations.add(time.monotonic() - began)
+
+
+def _meeting(settings: ServeSettings) -> Path:
+    """Where the cluster's ingresses on this machine find each other."""
+    folder = prepare_state_dir(Path(settings.state_dir) if settings.state_dir else state_dirs({})[0])
+    return folder / f"{settings.name}-{settings.port}"
 
 
 def _http_app(

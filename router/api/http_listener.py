@@ -1,7 +1,8 @@
 """The socket of an HTTP server: an ASGI app served by uvicorn on a thread and an event loop of its own.
 
 Several processes of one user may listen on one port; the system spreads connections over those that live, so that when
-one dies the next connection is answered by another.
+one dies the next connection is answered by another. Those that know each other (`router/api/shared_port.py`) also
+answer for one that is stopped.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import asyncio
 import socket
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from experts.errors import InvalidInput
+from router.api.shared_port import SharedPort
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 30.0
@@ -30,7 +33,8 @@ class HttpListener:
     """Serves `app` on `host`:`port` from `start` on. At `stop` requests in progress get `grace_s` to finish; then
     `on_end` runs, on the loop that the app ran on.
 
-    At most `max_connections` are open at a time; further ones are answered with 503.
+    At most `max_connections` are open at a time; further ones are answered with 503. Listeners with the same `meeting`,
+    a path, take connections from each other that would wait.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class HttpListener:
         max_connections: int,
         grace_s: float,
         on_end: Callable[[], Awaitable[None]],
+        meeting: Path | None = None,
     ) -> None:
         self._host = host
         self._port = port
@@ -60,7 +65,8 @@ class HttpListener:
                 limit_concurrency=max_connections,
                 timeout_keep_alive=int(IDLE_TIMEOUT_S),
                 timeout_graceful_shutdown=int(grace_s),
-            )
+            ),
+            meeting,
         )
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
 
@@ -93,15 +99,39 @@ class HttpListener:
 
 
 class _Server(uvicorn.Server):
-    """Tells another thread when it answers."""
+    """Tells another thread when it answers, and shares its port with others who meet at `meeting`."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, meeting: Path | None) -> None:
         super().__init__(config)
         self.answering = threading.Event()
+        self._meeting = meeting
+        self._shared: SharedPort | None = None
+        self._arriving: set[asyncio.Task[object]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._meeting is not None and sockets:
+            self._shared = SharedPort(sockets[0], self._meeting, self._welcome)
         self.answering.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        if self._shared is not None:
+            self._shared.close()
+        await super().shutdown(sockets)
+
+    def _welcome(self, connection: socket.socket) -> None:
+        """Answer on a connection that another listener on the port did not accept."""
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection))
+        self._arriving.add(task)
+        task.add_done_callback(self._arriving.discard)
+
+    def _protocol(self) -> HttpToolsProtocol:
+        return _BoundedProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
 class _BoundedProtocol(HttpToolsProtocol):

@@ -6,8 +6,10 @@ import asyncio
 import http.client
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,18 +34,31 @@ class App:
         if scope["path"] == "/wait":
             self.waiting.set()
             await asyncio.to_thread(self.go.wait)
+        if scope["path"] == "/stop":
+            self.waiting.set()
+            self.go.wait()
         headers = [(b"content-length", str(len(self.name)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": self.name})
 
 
 @contextmanager
-def listening(app: App, port: int, *, max_connections: int = 100, ended: list[str] | None = None) -> Iterator[Any]:
+def listening(
+    app: App, port: int, *, max_connections: int = 100, ended: list[str] | None = None, meeting: Path | None = None
+) -> Iterator[Any]:
     async def on_end() -> None:
         if ended is not None:
             ended.append("end")
 
-    listener = HttpListener(app, host=LOOPBACK, port=port, max_connections=max_connections, grace_s=10.0, on_end=on_end)
+    listener = HttpListener(
+        app,
+        host=LOOPBACK,
+        port=port,
+        max_connections=max_connections,
+        grace_s=10.0,
+        on_end=on_end,
+        meeting=meeting,
+    )
     listener.start()
     try:
         yield listener
@@ -70,6 +85,21 @@ def test_two_listeners_share_a_port_and_one_goes_on_alone() -> None:
         assert {get(port)[1] for _ in range(64)} == {b"a", b"b"}
         first.stop()
         assert {get(port) for _ in range(16)} == {(200, b"b")}
+
+
+def test_a_listener_that_is_stopped_keeps_no_connection_for_itself(tmp_path: Path) -> None:
+    port, apps = free_port(), (App(b"a"), App(b"b"))
+    with listening(apps[0], port, meeting=tmp_path / "m"), listening(apps[1], port, meeting=tmp_path / "m"):
+        stopping = threading.Thread(target=get, args=(port, "/stop"))
+        stopping.start()
+        while not any(app.waiting.is_set() for app in apps):
+            time.sleep(0.01)
+        stopped = apps[not apps[0].waiting.is_set()]
+        well = apps[stopped is apps[0]]
+        assert {get(port) for _ in range(16)} == {(200, well.name)}
+        stopped.go.set()
+        stopping.join(30)
+        assert {get(port)[1] for _ in range(64)} == {b"a", b"b"}
 
 
 def test_a_port_of_another_program_is_refused_and_so_is_a_foreign_address() -> None:
