@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 FINISH_S = 20.0
 GENERATIONS = "/completions"
 """How the paths end whose answers take time: those of chats, too."""
+ROUTERS_S = 10.0
+"""A router that lives is known long before; nobody waits for a large model to be loaded."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -95,9 +98,11 @@ class IngressProcess:
         self._http = http
 
     def start(self) -> None:
-        """Begin to answer clients and to follow the cluster view. Raises InvalidInput when the port is taken."""
-        self.listener.start()
+        """Follow the cluster view and begin to answer clients. Raises InvalidInput when the port is taken."""
         self.link.start()
+        # Beside others who know routers, one who does not would refuse its share of what they can answer.
+        self.backend.knows_routers.wait(ROUTERS_S)
+        self.listener.start()
 
     def report(self) -> MemberReport:
         """How this ingress is now, for the controller."""
@@ -134,10 +139,17 @@ class ClusterBackend:
         )
         self._num_experts = len(self.config.moe_layers) * self.config.num_experts if hosted else 0
         self._view = ClusterView()
+        self._max_model_len = 0
+        self.knows_routers = threading.Event()
+        """Set once a router has told how long requests may be."""
 
     def use(self, view: ClusterView) -> None:
         """Go by `view` from now on."""
         self.pool.connect(view.routers, draining=view.draining)
+        told = [router.max_model_len for router in view.routers.values() if router.max_model_len]
+        if told:
+            self._max_model_len = min(told)
+            self.knows_routers.set()
         # Last, so that `ready` speaks of a view that is in use.
         self._view = view
 
@@ -170,9 +182,9 @@ class ClusterBackend:
         return routers_ready and not view.draining and len(view.placement.replicas) >= self._num_experts
 
     def max_model_len(self) -> int:
-        """The least of all routers', so that every one of them can take over a request from any other."""
-        told = (router.max_model_len for router in self._view.routers.values())
-        return min((length for length in told if length), default=0)
+        """The least of all routers', so that every one of them can take over a request from any other; where there is
+        none just now, what it was: requests wait for the next ones. 0 before the first router."""
+        return self._max_model_len
 
 
 class CountingApp:

@@ -4,20 +4,24 @@ import asyncio
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import free_port
 
 from cluster.config import ServeSettings
 from cluster.controller_process import plan_target
-from cluster.ingress import ClusterBackend, CountingApp
+from cluster.ingress import ClusterBackend, CountingApp, IngressProcess
 from cluster.tiny import make_tiny
 from experts.errors import RouterLost
 from experts.placement import ClusterView, Placement, RouterInfo
 from router.engine.request import SamplingParams
 
+HERE = "127.0.0.1"
 ROUTERS = {
     "a": RouterInfo(name="a", address="127.0.0.1:1", max_model_len=4096),
     "b": RouterInfo(name="b", address="127.0.0.1:2", max_model_len=2048),
@@ -63,6 +67,37 @@ def test_the_context_is_what_every_router_can_take_over(settings: ServeSettings,
     untold = {**ROUTERS, "c": RouterInfo(name="c", address="127.0.0.1:3")}
     assert backend(settings, replace(view, routers=untold)).max_model_len() == 2048
     assert ClusterBackend(settings).max_model_len() == 0
+
+
+def test_requests_wait_for_routers_that_are_all_gone_for_a_moment(settings: ServeSettings, view: ClusterView) -> None:
+    made = backend(settings, view)
+    made.use(replace(view, version=2, routers={}))
+    assert made.max_model_len() == 2048, "a request of this length can be taken and wait"
+    assert not made.ready()
+    made.use(replace(view, version=3, routers={"a": ROUTERS["a"]}))
+    assert made.max_model_len() == 4096
+
+
+def test_an_ingress_listens_once_it_knows_a_router(settings: ServeSettings, view: ClusterView, tmp_path: Path) -> None:
+    own = replace(settings, state_dir=str(tmp_path), port=free_port(), ingresses=1)
+    process = IngressProcess(
+        own, name="i", node=HERE, bind=HERE, http=f"http://{HERE}:{own.port}", resolve=lambda: f"{HERE}:1"
+    )
+    listened = []
+
+    class Knowing(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            listened.append(process.listener.alive)
+            process.backend.use(view)
+            return super().wait(timeout)
+
+    process.backend.knows_routers = Knowing()
+    process.start()
+    try:
+        assert listened == [False]
+        assert process.listener.alive and process.backend.knows_routers.is_set()
+    finally:
+        process.stop()
 
 
 def test_a_draining_cluster_takes_nothing_new(settings: ServeSettings, view: ClusterView) -> None:
