@@ -52,8 +52,11 @@ class SharedPort:
         self._door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._door.setblocking(False)
         try:
-            self._door.bind(str(self._path))
+            # It is found once it listens: who finds one that refuses takes it for dead.
+            unfinished = self._path.with_suffix(".new")
+            self._door.bind(str(unfinished))
             self._door.listen()
+            unfinished.rename(self._path)
         except OSError as error:
             # A folder that cannot be written to, or a path too long for a socket.
             log.warning("the port is not shared at %s: %s", self._path, error)

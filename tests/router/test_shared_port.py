@@ -104,6 +104,30 @@ def test_files_of_the_dead_are_removed_and_own_ones_at_the_end(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_whoever_begins_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        port = free_port()
+        first = Side(port, tmp_path / "a")
+        listen = socket.socket.listen
+
+        def beside_another(listener: socket.socket, *backlog: int) -> None:
+            """Somebody visits between the name and the listening."""
+            if listener.family == socket.AF_UNIX:
+                first.shared._visit(tmp_path / "a")
+            listen(listener, *backlog)
+
+        monkeypatch.setattr(socket.socket, "listen", beside_another)
+        second = Side(port, tmp_path / "a")
+        monkeypatch.undo()
+        assert len(list(tmp_path.iterdir())) == 2
+        third = Side(port, tmp_path / "a")
+        await until(lambda: know_each_other(first, second, third))
+        for side in (first, second, third):
+            side.end()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("folder", ["missing", "x" * 120])
 def test_without_a_place_to_meet_a_listener_is_alone(folder: str, tmp_path: Path) -> None:
     async def run() -> None:
