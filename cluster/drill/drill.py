@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cluster.drill.faults import Injection, Kind, check_is_here, inject
 from cluster.drill.load import Load, bodies
-from cluster.drill.notice import noticed
+from cluster.drill.notice import noticed_in, pages_of
 from cluster.drill.verdict import Fault, Verdict, judge
 from cluster.load.client import Client
 from cluster.load.settings import LoadSettings
@@ -21,6 +21,8 @@ CALM_S = 4.0
 """Of load before a fault, to know what is usual; a moment drawn from as much again is added."""
 AFTER_S = 10.0
 HEAL_S = 90.0
+NOTICE_S = 0.5
+"""Routers keep when a host last became what it is: soon after a blow that is because of the blow."""
 LOOK_S = 0.25
 PROMPT_TOKENS = 24
 
@@ -94,12 +96,15 @@ class Drill:
         before = await asyncio.to_thread(self.ask)
         injection, at, wall = await asyncio.to_thread(self._strike, kind, before, draw)
         try:
-            await asyncio.sleep(injection.lasts_s)
+            await asyncio.sleep(NOTICE_S)
+            early = await asyncio.to_thread(pages_of, before)
+            await asyncio.sleep(max(0.0, at + injection.lasts_s - time.perf_counter()))
         finally:
             await asyncio.to_thread(injection.undo)
         undone = time.perf_counter()
         await asyncio.sleep(max(0.0, at + AFTER_S - undone))
-        seen = await asyncio.to_thread(self._noticed, injection, before, wall)
+        late = await asyncio.to_thread(pages_of, before)
+        pages = [first + last for first, last in zip(early, late, strict=True)]
         await self._healed(before)
         return Fault(
             kind=kind,
@@ -107,16 +112,16 @@ class Drill:
             at=at,
             undone=undone,
             end=time.perf_counter(),
-            noticed={name: None if when is None else at + when - wall for name, when in seen.items()},
+            noticed={
+                name: None if when is None else at + when - wall
+                for name, when in ((name, noticed_in(pages, name, wall)) for name in injection.hosts)
+            },
         )
 
     def _strike(self, kind: Kind, status: ClusterStatus, draw: random.Random) -> tuple[Injection, float, float]:
         """Also when: an instant before, on the clocks of streams and of routers."""
         at, wall = time.perf_counter(), time.time()
         return inject(kind, status, self.cut, draw), at, wall
-
-    def _noticed(self, injection: Injection, status: ClusterStatus, wall: float) -> dict[str, float | None]:
-        return {host: noticed(status, host, wall) for host in injection.hosts}
 
     async def _healed(self, before: ClusterStatus) -> None:
         """Wait until all parts are there again."""

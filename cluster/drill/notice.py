@@ -18,16 +18,12 @@ CLOCK_S = 0.005
 """By how much an instant may seem to lie before its cause."""
 
 
-def noticed(status: ClusterStatus, host: str, since: float) -> float | None:
-    """When the last router that noticed anything about `host` after `since` did so; None when none did.
+def noticed_in(pages: Iterable[str], host: str, since: float) -> float | None:
+    """When the last router that noticed anything about `host` after `since` did so; None when none did. `pages` are the
+    metrics of each router, of several moments one after the other: a page tells only of the last time in each state.
 
     Instants are those of `time.time()`.
     """
-    return noticed_in(_pages(status), host, since)
-
-
-def noticed_in(pages: Iterable[str], host: str, since: float) -> float | None:
-    """The same from the routers' metrics `pages`."""
     first_of_each = [min(times) for times in (_times(page, host, since) for page in pages) if times]
     return max(first_of_each, default=None)
 
@@ -40,8 +36,12 @@ def _times(page: str, host: str, since: float) -> list[float]:
     ]
 
 
-def _pages(status: ClusterStatus) -> Iterable[str]:
+def pages_of(status: ClusterStatus) -> list[str]:
+    """The metrics page of each router now; empty where one cannot be had."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    pages = []
     for router in status.routers:
+        pages.append("")
         with suppress(OSError), direct.open(f"http://{router.metrics_address}/metrics", timeout=TIMEOUT_S) as page:
-            yield page.read().decode()
+            pages[-1] = page.read().decode()
+    return pages

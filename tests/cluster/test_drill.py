@@ -132,6 +132,9 @@ def test_routers_metrics_tell_when_a_host_was_noticed() -> None:
     assert noticed_in([first, ""], "h0", 100.0) == 100.02
     assert noticed_in([first, second], "h0", 101.0) is None
     assert noticed_in([first, second], "h2", 0.0) is None
+    # Of two looks at the same routers, the later one does not know of the first time any more.
+    again = first.replace("100.02", "105.5")
+    assert noticed_in([first + again, second], "h0", 100.0) == 100.04
 
 
 @pytest.fixture
