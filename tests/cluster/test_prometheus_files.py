@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,18 @@ def test_every_alert_leads_to_a_section_that_names_a_command(alert: str) -> None
     assert section, f"no section has the anchor {anchor}"
     todo = section.partition("\nDo: ")[2]
     commands = re.findall(r"`herd ([a-z-]+)([^`]*)`", todo)
-    known = _parser("0")._subparsers._group_actions[0].choices
+    known = choices(_parser("0"))
     assert commands, "what to run is not said"
     for command, flags in commands:
         assert command in known
-        text = known[command].format_help()
+        text = "".join(one.format_help() for one in (known[command], *choices(known[command]).values()))
         assert all(flag in text for flag in re.findall(r"--[a-z-]+", flags))
+
+
+def choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands, or kinds of a command, that it knows."""
+    groups = parser._subparsers._group_actions if parser._subparsers else []
+    return dict(groups[0].choices or {}) if groups else {}  # type: ignore[call-overload]
 
 
 def slug(title: str) -> str:
