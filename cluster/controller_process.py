@@ -12,9 +12,11 @@ from pathlib import Path
 from cluster.config import ServeSettings
 from cluster.control.grpc_server import ControlServer, Executor, Listener
 from cluster.control.journal import JournalFile
+from cluster.control.move_state import Limits
 from cluster.control.pack import pack
 from cluster.control.plan import Policy
 from cluster.control.replicas import Replicas
+from cluster.control.scale import Scaling
 from cluster.control.state import Journal, Steering
 from cluster.metrics import MetricsPage, controller_families
 from cluster.run_file import RunFile, prepare_state_dir, run_file_path, state_dirs, write_run_file
@@ -94,6 +96,8 @@ def steering_of(settings: ServeSettings) -> Steering:
         num_replicas=settings.replicas,
         extra_slots=settings.extra_slots,
         policy=Policy(min_replicas=settings.replicas),
+        limits=Limits(min_replicas=settings.replicas),
+        scaling=Scaling(min_hosts=settings.hosts, max_hosts=settings.max_hosts) if settings.max_hosts else None,
     )
 
 

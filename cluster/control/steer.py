@@ -168,11 +168,17 @@ def fleet_of(state: ControllerState) -> Fleet:
                 touch_s=costs[name][1],
                 node=_node(state.hosts[name]),
                 draining=name in journal.draining,
+                is_sick=is_sick(state.hosts[name], state),
             )
             for name in present
         ],
         expert_bytes(state),
     )
+
+
+def is_sick(host: HostState, state: ControllerState) -> bool:
+    """Whether routers cannot use it."""
+    return host.trouble.is_sick(state.ticked_at)
 
 
 def down(state: ControllerState) -> frozenset[Replica]:
@@ -258,7 +264,10 @@ def _serves(state: ControllerState, replica: Replica) -> ControllerState:
 def _reachable(state: ControllerState) -> Replicas:
     """The target, with the experts of hosts that are away given to those that stay."""
     journal = state.journal
-    heirs = [name for name in state.hosts if name not in journal.draining]
+    staying = [name for name in state.hosts if name not in journal.draining]
+    heirs = [name for name in staying if not is_sick(state.hosts[name], state)]
+    # Without any other, a sick one is better than none.
+    heirs = heirs if set(heirs) - journal.away else staying
     return MappingProxyType(dict(rehome(journal.target, journal.away, heirs)))
 
 

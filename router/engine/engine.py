@@ -108,6 +108,12 @@ class Engine:
             scheduler = self._scheduler
             return scheduler.num_running, scheduler.num_waiting, scheduler.num_parked
 
+    def longest_wait_s(self) -> float:
+        """For how long the request waits that came first of those that have not begun; 0 when all have."""
+        with self._changed:
+            first = self._scheduler.first_waiting
+        return 0.0 if first is None else max(0.0, self._clock() - first)
+
     def kv_numbers(self) -> KVNumbers:
         """How full the KV cache is, and what sharing prefixes saves."""
         with self._changed:
