@@ -81,8 +81,8 @@ class MemberReport:
     `address` is a router's Submit listener, `http` an ingress's URL. `view_version` and `view_epoch` are
     those of the last view it has. `inner_host` is the host inside a router that computes experts itself.
     `max_model_len` is a router's limit on prompt and answer together, `kv_tokens` what all its requests can have in the
-    KV cache, both in tokens. `hosts` are the states of hosts as a router sees them, `longest_wait_s` is for how long its
-    request waits that came first of those that have not begun; None where nobody knows.
+    KV cache, both in tokens. `hosts` are the states of hosts as a router sees them; for `longest_wait_s` waits the
+    request that came first of those that have not begun, None where nobody knows.
     """
 
     kind: MemberKind

@@ -77,7 +77,9 @@ def _check_target(state: ControllerState, target: Mapping[ExpertKey, tuple[str, 
         if len(set(names)) < len(names) or len(names) < least:
             raise InvalidInput("plan", where, f"must give every expert at least {least} hosts, each of them once")
         if not set(names) <= {*fleet.able, *set(fleet.staying).intersection(goal[layer, expert])}:
-            raise InvalidInput("plan", where, f"must name hosts that can be given experts: {', '.join(fleet.able)}")
+            raise InvalidInput(
+                "plan", where, f"must name hosts that are there, stay and are not sick: {', '.join(fleet.able)}"
+            )
     used = Counter(name for names in target.values() for name in names)
     for name, count in used.items():
         if count > fleet.hosts[name].slots:
