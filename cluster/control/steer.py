@@ -155,9 +155,12 @@ def fleet_of(state: ControllerState) -> Fleet:
     journal, steering, goal = state.journal, state.steering, state.moving.goal
     present = [name for name in state.hosts if name not in journal.away]
     staying = [name for name in present if name not in journal.draining]
-    share = math.ceil(len(goal) * min(steering.num_replicas, max(1, len(staying))) / max(1, len(staying)))
-    room = share + steering.extra_slots * len({layer for layer, _ in goal})
     given = Counter(name for names in goal.values() for name in names)
+    # Sick hosts keep what they have, and may never take their share.
+    sick = {name for name in staying if is_sick(state.hosts[name], state)}
+    needed = len(goal) * min(steering.num_replicas, max(1, len(staying))) - sum(given[name] for name in sick)
+    share = math.ceil(max(0, needed) / max(1, len(staying) - len(sick)))
+    room = share + steering.extra_slots * len({layer for layer, _ in goal})
     costs = _costs(state, present)
     return Fleet.of(
         [
@@ -168,7 +171,7 @@ def fleet_of(state: ControllerState) -> Fleet:
                 touch_s=costs[name][1],
                 node=_node(state.hosts[name]),
                 draining=name in journal.draining,
-                is_sick=is_sick(state.hosts[name], state),
+                is_sick=name in sick,
             )
             for name in present
         ],
