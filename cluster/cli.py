@@ -124,6 +124,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--router-ports", metavar="A-B", help="ports that routers listen on for ingresses (any)")
     add("--control-port", metavar="PORT", help="port that the controller listens on (any)")
     add("--metrics-ports", metavar="A-B", help="ports of the processes' /metrics pages (any)")
+    add("--targets-file", metavar="FILE", help="keep a list of those pages there, for Prometheus's file_sd")
+    add("--prometheus", metavar="URL", help="read the load from this server (the controller asks all pages itself)")
     _add_tls(add)
     add("--insecure-rows", action="store_true", help="let rows travel between machines without TLS")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from experts.config import DTYPES
 from experts.errors import InvalidInput
@@ -40,7 +41,8 @@ class ServeSettings:
     `node_address` is where everything else listens; empty: what Ray calls the node. `state_dir` is the folder of
     run file and journal on the controller's machine. `tls_cert`, `tls_key` and `tls_ca` are PEM files, the same paths
     on every node, by which the processes know each other; without them rows stay on loopback addresses, unless
-    `insecure_rows` lets them travel as they are.
+    `insecure_rows` lets them travel as they are. `prometheus` is the URL of a server that scrapes the cluster, to
+    read its load from; empty: the controller reads the pages itself. `targets_file` is kept up to date for `file_sd`.
     """
 
     model_dir: Path
@@ -80,6 +82,8 @@ class ServeSettings:
     tls_key: str = ""
     tls_ca: str = ""
     insecure_rows: bool = False
+    prometheus: str = ""
+    targets_file: str = ""
 
     def __post_init__(self) -> None:
         _between("hosts", self.hosts, 1, 4096)
@@ -106,6 +110,8 @@ class ServeSettings:
             raise InvalidInput("request-timeout-s", self.request_timeout_s, "must be more than 0 and at most 86400")
         if not _NAME.fullmatch(self.name):
             raise InvalidInput("name", self.name, "must be letters, digits, '.', '_' or '-', at most 41")
+        if self.prometheus:
+            check_url("prometheus", self.prometheus)
         self._check_ports()
         for name in TLS_FILES:
             if self.has_tls and not getattr(self, name):
@@ -189,6 +195,19 @@ def parse_settings(raw: Mapping[str, Any]) -> ServeSettings:
     if "model_dir" not in values:
         raise InvalidInput("model_dir", None, "must name a folder")
     return ServeSettings(**values)
+
+
+def check_url(field: str, value: str) -> None:
+    """Raises InvalidInput unless `value` is where an HTTP server is: scheme, host, and maybe port and path."""
+    try:
+        parts = urlsplit(value)
+        fit = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fit = False
+    if not fit or not value.isascii() or not value.isprintable() or " " in value:
+        raise InvalidInput(field, value, "must be a URL such as http://127.0.0.1:9090")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise InvalidInput(field, value, "must have neither user, password, query nor fragment")
 
 
 def parse_counts(field: str, text: str) -> list[int]:
@@ -275,7 +294,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "kv_memory": parse_size,
     "prefix_cache": _flag,
     "rebalance": _flag,
-    **dict.fromkeys(TLS_FILES, _file),
+    **dict.fromkeys((*TLS_FILES, "targets_file"), _file),
     "insecure_rows": _flag,
     "request_timeout_s": _number,
     "decode_stretch": _number,

@@ -15,12 +15,22 @@ from cluster.control.journal import JournalFile
 from cluster.control.move_state import Limits
 from cluster.control.pack import pack
 from cluster.control.plan import Policy
+from cluster.control.prometheus_load import PrometheusLoad
+from cluster.control.reading import WINDOW_S, LoadSource
 from cluster.control.replicas import Replicas
 from cluster.control.scale import Scaling
+from cluster.control.scrape_load import ScrapeLoad
 from cluster.control.state import Journal, Steering
-from cluster.metrics import MetricsPage, controller_families
+from cluster.control.targets import targets_json
+from cluster.metrics.controller import controller_families
+from cluster.metrics.page import MetricsPage
 from cluster.run_file import RunFile, prepare_state_dir, run_file_path, state_dirs, write_run_file
+from cluster.targets_file import TargetsFile
+from cluster.topology import Role, metrics_ports
 from experts.config import load_config
+
+TARGETS_PATH = "/targets"
+"""On the controller's metrics page: what Prometheus's `http_sd` asks for."""
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +53,25 @@ class ControllerProcess:
             executor=executor,
             listener=Listener(bind=bind, advertise=node, port=settings.control_port, tls=settings.identity()),
             node=node,
+            prometheus=settings.prometheus,
             steering=steering_of(settings),
+            load=load_source_of(settings),
         )
         self._metrics: MetricsPage | None = None
+        self._targets_file: TargetsFile | None = None
 
     def start(self) -> str:
         """Listen; returns the control address. Raises InvalidInput when a wanted port is taken."""
         address = self.server.start()
         self._metrics = MetricsPage(
-            lambda: controller_families(self.server.status()), bind=self._bind, ports=self._settings.metrics_ports
+            lambda: controller_families(self.server.numbers()),
+            bind=self._bind,
+            ports=metrics_ports(self._settings, Role.CONTROLLER),
+            documents={TARGETS_PATH: self._targets},
         )
         self.server.set_metrics_address(self._metrics.address)
+        if self._settings.targets_file:
+            self._targets_file = TargetsFile(Path(self._settings.targets_file), self._targets)
         write_run_file(
             self._run_file,
             RunFile(
@@ -68,13 +86,21 @@ class ControllerProcess:
         )
         return address
 
+    def _targets(self) -> bytes:
+        return targets_json(self.server.status())
+
     def remove_files(self) -> None:
         """The cluster is over: nothing of it stays on disk."""
+        if self._targets_file is not None:
+            self._targets_file.close()
+            self._targets_file.remove()
         self._journal.remove()
         self._run_file.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """End the listener and the page; the files stay for the next life."""
+        if self._targets_file is not None:
+            self._targets_file.close()
         self.server.stop()
         if self._metrics is not None:
             self._metrics.close()
@@ -89,13 +115,19 @@ def plan_target(settings: ServeSettings) -> Replicas:
     return pack(layers=config.moe_layers, num_experts=config.num_experts, hosts=hosts, num_replicas=settings.replicas)
 
 
+def load_source_of(settings: ServeSettings) -> LoadSource:
+    """Prometheus where there is one, else the pages themselves."""
+    return PrometheusLoad(settings.prometheus, settings.name) if settings.prometheus else ScrapeLoad()
+
+
 def steering_of(settings: ServeSettings) -> Steering:
     """How experts are placed and moved."""
     return Steering(
         rebalances=settings.rebalance,
         num_replicas=settings.replicas,
         extra_slots=settings.extra_slots,
-        policy=Policy(min_replicas=settings.replicas),
+        # An imbalance is acted upon when nearly all that was measured is of it, not of what was before.
+        policy=Policy(min_replicas=settings.replicas, settle_s=0.75 * WINDOW_S),
         limits=Limits(min_replicas=settings.replicas),
         scaling=Scaling(min_hosts=settings.hosts, max_hosts=settings.max_hosts) if settings.max_hosts else None,
     )

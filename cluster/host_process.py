@@ -16,9 +16,10 @@ import torch
 
 from cluster.config import ServeSettings
 from cluster.local import choose_device, choose_products, open_model
-from cluster.metrics import HostNumbers, MetricsPage, host_families
+from cluster.metrics.host import HostNumbers, host_families
+from cluster.metrics.page import MetricsPage
 from cluster.order_follower import OrderFollower
-from cluster.topology import Role, advertised_host, needs
+from cluster.topology import Role, advertised_host, metrics_ports, needs
 from experts.errors import InvalidInput
 from experts.ffn import ExpertWeights
 from experts.grpc_control import HostLink
@@ -72,7 +73,9 @@ class HostProcess:
             insecure=settings.insecure_rows,
         )
         self.address = advertised_host(settings, node, self.server.port)
-        self.metrics = MetricsPage(lambda: host_families(self.numbers()), bind=bind, ports=settings.metrics_ports)
+        self.metrics = MetricsPage(
+            lambda: host_families(self.numbers()), bind=bind, ports=metrics_ports(settings, Role.HOST)
+        )
         self._node = node
         self._held_bytes = 0
         self._leave = leave
@@ -132,7 +135,11 @@ class HostProcess:
     def numbers(self) -> HostNumbers:
         """For the metrics page."""
         return HostNumbers(
-            name=self.name, load=self.host.load_snapshot(), slots=len(self.host.held()), held_bytes=self.host.held_bytes
+            name=self.name,
+            load=self.host.load_snapshot(),
+            held=self.host.held(),
+            held_bytes=self.host.held_bytes,
+            queue_depth=self.server.queue_depth,
         )
 
     def stop(self) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from cluster.config import ServeSettings
 from cluster.image_rules import image_rules
-from cluster.metrics import IngressNumbers, MetricsPage, ingress_families
-from cluster.topology import max_connections
+from cluster.metrics.ingress import IngressNumbers, ingress_families
+from cluster.metrics.page import MetricsPage
+from cluster.topology import Role, max_connections, metrics_ports
 from experts.config import load_config
 from experts.errors import RouterLost
 from experts.grpc_control import MemberLink
@@ -31,6 +33,7 @@ from router.api.http_listener import HttpListener
 from router.engine.images import ImageInput
 from router.engine.request import SamplingParams
 from router.grpc_client import RouterPool
+from router.histogram import Histogram
 from router.prompt.chat import ChatTemplate
 from router.prompt.images.vision import Vision
 from router.prompt.stop_ids import GENERATION_FILE, default_stop_ids
@@ -40,6 +43,8 @@ from router.resume import ResumePolicy
 log = logging.getLogger(__name__)
 
 FINISH_S = 20.0
+GENERATIONS = "/completions"
+"""How the paths end whose answers take time: those of chats, too."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -81,7 +86,7 @@ class IngressProcess:
             on_end=self.backend.pool.aclose,
         )
         self.metrics = MetricsPage(
-            lambda: ingress_families(self.app.numbers()), bind=bind, ports=settings.metrics_ports
+            lambda: ingress_families(self.app.numbers()), bind=bind, ports=metrics_ports(settings, Role.INGRESS)
         )
         self._node = node
         self._http = http
@@ -174,25 +179,33 @@ class CountingApp:
         self._app = app
         self._responses: Counter[int] = Counter()
         self._active = 0
+        self._generations = Histogram()
 
     def numbers(self) -> IngressNumbers:
-        return IngressNumbers(responses=dict(self._responses), active=self._active)
+        return IngressNumbers(responses=dict(self._responses), active=self._active, generations=self._generations)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
+        status = 0
+
         async def counted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                self._responses[message["status"]] += 1
+                status = message["status"]
+                self._responses[status] += 1
             await send(message)
 
         self._active += 1
+        began = time.monotonic()
         try:
             await self._app(scope, receive, counted)
         finally:
             self._active -= 1
+            if status == 200 and scope.get("path", "").endswith(GENERATIONS):
+                self._generations.add(time.monotonic() - began)
 
 
 def _http_app(

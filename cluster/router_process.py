@@ -15,8 +15,10 @@ import torch
 from cluster.config import ServeSettings
 from cluster.cpu_account import ENGINE_THREAD, name_threads
 from cluster.local import build_engine, load_local_experts, open_model
-from cluster.metrics import HostNumbers, MetricsPage, RouterNumbers, router_families
-from cluster.topology import Role, needs
+from cluster.metrics.host import HostNumbers
+from cluster.metrics.page import MetricsPage
+from cluster.metrics.router import RouterNumbers, router_families
+from cluster.topology import Role, metrics_ports, needs
 from experts.grpc_control import MemberLink
 from experts.placement import ClusterView, ExpertKey
 from experts.reports import HostReport, MemberKind, MemberReport
@@ -43,7 +45,9 @@ class RouterProcess:
         self.engine = self._engine(settings)
         self.server = RouterServer(self.engine, bind=bind, ports=settings.router_ports, tls=self._identity)
         self.link = MemberLink(resolve=resolve, report=self.report, on_view=self._use, tls=self._identity)
-        self.metrics = MetricsPage(lambda: router_families(self.numbers()), bind=bind, ports=settings.metrics_ports)
+        self.metrics = MetricsPage(
+            lambda: router_families(self.numbers()), bind=bind, ports=metrics_ports(settings, Role.ROUTER)
+        )
         self._incarnation = time.time_ns()
 
     def _engine(self, settings: ServeSettings) -> Engine:
@@ -107,6 +111,7 @@ class RouterProcess:
             parked=parked,
             kv=self.engine.kv_numbers(),
             max_model_len=self.engine.max_model_len,
+            longest_wait_s=self.engine.longest_wait_s(),
             dispatch=self.experts.stats if isinstance(self.experts, RemoteExperts) else None,
             inner=None if isinstance(self.experts, RemoteExperts) else self._inner_numbers(self.experts),
         )
@@ -115,7 +120,7 @@ class RouterProcess:
         return HostNumbers(
             name=self._inner_name,
             load=experts.load_snapshot(),
-            slots=len(experts.weights),
+            held=frozenset(experts.weights),
             held_bytes=experts.num_bytes,
         )
 

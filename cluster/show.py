@@ -106,10 +106,18 @@ def as_text(status: ClusterStatus) -> str:
         rows.append((host.name, host.node, str(host.pid), host.address or host.transport, host.state, held))
     lines += table(rows)
     lines += ["", kv_line(status)] if status.routers else []
+    lines += [_load_line(status)] if status.placement.rebalances and status.hosts else []
     if status.placement.is_moving:
         lines += ["", f"moving: {status.placement.loading} replicas load, {status.placement.draining} drain"]
     lines += ["", *(f"problem: {problem}" for problem in status.problems)] if status.problems else []
     return "\n".join(lines)
+
+
+def _load_line(status: ClusterStatus) -> str:
+    """Where the load is read, and what keeps it from moving experts."""
+    where = status.controller.prometheus or "the processes' pages"
+    held_by = status.placement.held_by
+    return f"load: read from {where}{f'; nothing is moved for it: {held_by}' if held_by else ''}"
 
 
 def kv_line(status: ClusterStatus) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -47,6 +48,17 @@ def needs(settings: ServeSettings, role: Role, num_cores: int | None = None) -> 
         threads=cores if computes_alone and not settings.deterministic else 1,
         num_gpus=1.0 if computes and settings.device == "cuda" else 0.0,
     )
+
+
+def metrics_ports(settings: ServeSettings, role: Role) -> Sequence[int] | None:
+    """The ports to try for the metrics page of a process, in this order; None: any.
+
+    The first one is the controller's, unless nothing else is free: its page is where Prometheus asks for the others.
+    """
+    ports = settings.metrics_ports
+    if ports is None or role is Role.CONTROLLER:
+        return ports
+    return [*ports[1:], ports[0]]
 
 
 def max_connections(settings: ServeSettings) -> int:

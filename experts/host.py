@@ -138,6 +138,7 @@ class ExpertHost:
         computation itself fails; the reason is then in this process's log and nowhere else.
         """
         weights = self._weights_of(shipment)
+        asked = time.perf_counter()
         with self._compute_lock:
             started = time.perf_counter()
             try:
@@ -145,7 +146,7 @@ class ExpertHost:
             except Exception as error:
                 log.exception("computing %d rows failed", shipment.rows_TH.shape[0])
                 raise HostFailed(self.name, "the computation failed; see the host's log") from error
-            self._load.record(shipment.segments, time.perf_counter() - started)
+            self._load.record(shipment.segments, time.perf_counter() - started, started - asked)
         return y_TH
 
     def _apply(self, shipment: Shipment, weights: list[ExpertWeights]) -> torch.Tensor:

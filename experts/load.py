@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadSnapshot:
-    """Counters since the window began; they only grow. `rows` has an entry for every expert ever computed."""
+    """Counters since the window began; they only grow. `rows` has an entry for every expert ever computed. `queue_s` is
+    how long shipments waited for others, all together."""
 
     rows: Mapping[ExpertKey, int]
     rows_total: int
     num_shipments: int
     compute_s: float
+    queue_s: float = 0.0
 
     def with_rows(self, more: Mapping[ExpertKey, int]) -> LoadSnapshot:
         """These counters and rows that were counted elsewhere."""
@@ -37,21 +39,23 @@ class LoadWindow:
         self._rows: dict[ExpertKey, int] = {}
         self._num_shipments = 0
         self._compute_s = 0.0
+        self._queue_s = 0.0
 
-    def record(self, segments: Iterable[Segment], seconds: float) -> None:
-        """Count one computed shipment of `segments` that took `seconds`."""
+    def record(self, segments: Iterable[Segment], seconds: float, waited_s: float = 0.0) -> None:
+        """Count one computed shipment of `segments` that took `seconds`, and waited before."""
         rows: dict[ExpertKey, int] = {}
         for segment in segments:
             rows[segment.key] = rows.get(segment.key, 0) + segment.num_rows
-        self.count(rows, seconds)
+        self.count(rows, seconds, waited_s)
 
-    def count(self, rows: Mapping[ExpertKey, int], seconds: float) -> None:
+    def count(self, rows: Mapping[ExpertKey, int], seconds: float, waited_s: float = 0.0) -> None:
         """Count one computation of so many rows of each expert."""
         with self._lock:
             for key, num_rows in rows.items():
                 self._rows[key] = self._rows.get(key, 0) + num_rows
             self._num_shipments += 1
             self._compute_s += seconds
+            self._queue_s += waited_s
 
     def snapshot(self) -> LoadSnapshot:
         """The counters now, all of the same instant."""
@@ -62,4 +66,5 @@ class LoadWindow:
                 rows_total=sum(rows.values()),
                 num_shipments=self._num_shipments,
                 compute_s=self._compute_s,
+                queue_s=self._queue_s,
             )

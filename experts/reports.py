@@ -107,7 +107,8 @@ class MemberReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerInfo:
-    """The controller itself. `term` counts its lives; `version` is that of the last published view."""
+    """The controller itself. `term` counts its lives; `version` is that of the last published view; `prometheus` is the
+    URL that it reads the load from, empty where it reads the pages itself."""
 
     pid: int = 0
     address: str = ""
@@ -116,6 +117,7 @@ class ControllerInfo:
     version: int = 0
     term: int = 0
     metrics_address: str = ""
+    prometheus: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

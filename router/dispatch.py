@@ -14,7 +14,7 @@ import torch
 from experts.errors import BadFrame, DeadlinePassed, HostFailed, HostLost, NotHosted, TransportError
 from experts.placement import ClusterView, ExpertKey
 from experts.transport.base import Segment, Shipment, Ticket, Transport
-from router.dispatch_stats import DispatchStats, RoundTrips
+from router.dispatch_stats import DispatchStats
 from router.failover.core import step
 from router.failover.events import (
     Answered,
@@ -38,6 +38,7 @@ from router.failover.events import (
     Viewed,
 )
 from router.failover.state import FailoverState, Policy, is_available, next_timer
+from router.histogram import Histogram
 from router.routed import Combined, Routing, RowGroups, group_rows, to_host, ungroup_rows
 
 SHORTEST_WAIT_S = 5e-4
@@ -209,7 +210,7 @@ class RemoteExperts:
             return
         pending = self._pendings.pop(number, None)
         if pending is not None and pending.layer not in self.stats.round_trips:
-            self.stats.round_trips[pending.layer] = RoundTrips()
+            self.stats.round_trips[pending.layer] = Histogram()
         if pending is not None:
             self.stats.round_trips[pending.layer].add(pending.took_s)
 

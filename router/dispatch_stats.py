@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
-
-class RoundTrips:
-    """A histogram: `counts[i]` took up to `bounds_s[i]`, the last one longer than all bounds."""
-
-    bounds_s = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(self.bounds_s) + 1)
-        self.total_s = 0.0
-
-    def add(self, seconds: float) -> None:
-        self.counts[bisect_left(self.bounds_s, seconds)] += 1
-        self.total_s += seconds
+from router.histogram import Histogram
 
 
 @dataclass
@@ -45,4 +32,4 @@ class DispatchStats:
     failovers: Counter[str] = field(default_factory=Counter)
     hosts: dict[str, str] = field(default_factory=dict)
     entered_at: dict[tuple[str, str], float] = field(default_factory=dict)
-    round_trips: dict[int, RoundTrips] = field(default_factory=dict)
+    round_trips: dict[int, Histogram] = field(default_factory=dict)

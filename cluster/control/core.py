@@ -13,7 +13,6 @@ from typing import TypeVar
 
 from cluster.control.asked import ask
 from cluster.control.hosts import follow_use, welcome, without_host
-from cluster.control.load_source import count
 from cluster.control.moves import to_hold
 from cluster.control.pack import spread
 from cluster.control.replicas import Replicas
@@ -105,7 +104,7 @@ def step(state: ControllerState, event: Event, now: float) -> tuple[ControllerSt
         case Tick():
             state = _tick(state, now, effects)
         case LoadRead():
-            state = take_turn(state, event.load, now, effects)
+            state = take_turn(state, event, now, effects)
             state = follow_use(state, event.load, now, effects)
             state = welcome(state, now, effects)
         case _:
@@ -126,7 +125,6 @@ def _host_reported(state: ControllerState, event: HostReported, now: float, effe
     serving = _serving(host, report)
     ordered = host.ordered if host.stream == event.stream else None
     first = host.report is None
-    host = count(host, report, now)
     same_life = host.report is not None and host.report.incarnation == report.incarnation
     host = replace(
         host,

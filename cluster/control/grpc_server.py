@@ -22,7 +22,8 @@ import grpc
 from cluster.control.core import start, step
 from cluster.control.grpc_commands import Commands
 from cluster.control.journal import JournalFile
-from cluster.control.load_source import LoadSource, ReportedLoad
+from cluster.control.numbers import ControllerNumbers, planner_of, replicas_of
+from cluster.control.reading import Held, LoadSource, expected_of
 from cluster.control.state import (
     Alarmed,
     AskRoom,
@@ -46,6 +47,7 @@ from cluster.control.state import (
     WriteJournal,
 )
 from cluster.control.status import status_of
+from cluster.control.steer import plan_ahead
 from experts.errors import InvalidInput
 from experts.grpc_control import MAX_MESSAGE_BYTES
 from experts.reports import ClusterStatus, ControllerInfo, HostOrder
@@ -65,6 +67,7 @@ from experts.wire.view import (
 TICK_S = 0.25
 TURN_S = 1.0
 """Between turns of the control loop; hosts report as often."""
+LEAST_PAUSE_S = 0.1
 MAX_CUT_MS = 60_000
 HEARTBEAT_S = 2.0
 START_TIMEOUT_S = 30.0
@@ -117,25 +120,26 @@ class ControlServer:
         executor: Executor,
         listener: Listener,
         node: str = "",
+        prometheus: str = "",
         timing: Timing | None = None,
         steering: Steering | None = None,
         load: LoadSource | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`fresh` is the journal of a first life; what lies on disk counts only if its digest is the same. `load` is
-        where experts' load is read; None: what hosts report."""
+        where experts' load is read; None: nobody knows it."""
         self._name = name
         self._file = journal
         self._executor = executor
         self._listener = listener
         self._clock = clock
-        self._info = ControllerInfo(pid=os.getpid(), node=node)
+        self._info = ControllerInfo(pid=os.getpid(), node=node, prometheus=prometheus)
         left = journal.read()
         self._journal = left if left is not None and left.digest == fresh.digest else _above(fresh, left)
         self._hosts = hosts
         self._timing = timing
         self._steering = steering
-        self._load = load or ReportedLoad()
+        self._load = load
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="control-work")
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._address: Future[str] = Future()
@@ -156,7 +160,7 @@ class ControlServer:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def status(self) -> ClusterStatus:
-        """What `herd status` shows; for the metrics page of this process."""
+        """What `herd status` shows."""
         core, loop = self._core, self._loop
         if core is None or loop is None:
             return ClusterStatus(name=self._name)
@@ -165,6 +169,13 @@ class ControlServer:
     def host_names(self) -> tuple[str, ...]:
         """Of all hosts that there may be a process of."""
         return self._hosts if self._core is None else self._core.host_names()
+
+    def numbers(self) -> ControllerNumbers:
+        """For the metrics page of this process."""
+        core, loop = self._core, self._loop
+        if core is None or loop is None:
+            return ControllerNumbers(status=ClusterStatus(name=self._name))
+        return asyncio.run_coroutine_threadsafe(_call(core.numbers), loop).result(timeout=START_TIMEOUT_S)
 
     def set_metrics_address(self, address: str) -> None:
         """Tell the status where this process's metrics are."""
@@ -233,6 +244,8 @@ class _Core(ControlServiceServicer):
         self._executor = executor
         self._pool = pool
         self._clock = clock
+        # Of its own, because starting hosts may keep the others busy for long.
+        self._turner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="control-turn")
         self._streams = itertools.count(1)
         self._hosts: dict[int, _Latest[pb.HostOrder]] = {}
         self._members: dict[int, _Latest[pb.ClusterView]] = {}
@@ -244,23 +257,42 @@ class _Core(ControlServiceServicer):
         status = status_of(self._state, self._name, self.info)
         return replace(status, problems=(*status.problems, *self._problems.values()))
 
+    def numbers(self) -> ControllerNumbers:
+        return ControllerNumbers(
+            status=self.status(), replicas=replicas_of(self._state), planner=planner_of(self._state)
+        )
+
     async def tick_for_ever(self) -> None:
         while True:
             self._feed(Tick())
             await asyncio.sleep(TICK_S)
 
-    async def turn_for_ever(self, source: LoadSource) -> None:
-        """Turns of the control loop, for which the load may have to be read over a network."""
-        loop = asyncio.get_running_loop()
+    async def turn_for_ever(self, source: LoadSource | None) -> None:
+        """Turns of the control loop. Loads are read and plans made on a thread: this loop goes on meanwhile."""
         while True:
-            await asyncio.sleep(TURN_S)
-            try:
-                load = await loop.run_in_executor(self._pool, source.read, self._state, self._clock())
-            except Exception:
-                # Not to know the load is no reason to stop.
-                log.exception("the load could not be read")
-                load = None
-            self._feed(LoadRead(load=load))
+            began = self._clock()
+            self._feed(await self._read(source))
+            await asyncio.sleep(max(LEAST_PAUSE_S, began + TURN_S - self._clock()))
+
+    async def _read(self, source: LoadSource | None) -> LoadRead:
+        if source is None or not self._state.moving.goal:
+            return LoadRead(load=None)
+        try:
+            return await self._read_and_plan(source)
+        except Exception as error:
+            # Not to know the load is no reason to stop.
+            log.exception("no load could be acted upon")
+            return LoadRead(load=None, missing=f"no load could be acted upon: {error}")
+
+    async def _read_and_plan(self, source: LoadSource) -> LoadRead:
+        loop = asyncio.get_running_loop()
+        read = await loop.run_in_executor(self._turner, source.load, expected_of(self._state), self._clock())
+        load, missing = (None, read.reason) if isinstance(read, Held) else (read, "")
+        question = plan_ahead(self._state, load, self._clock())
+        if question is None:
+            return LoadRead(load=load, missing=missing)
+        ahead = await loop.run_in_executor(self._turner, question.answer, self._clock())
+        return LoadRead(load=load, missing=missing, ahead=ahead)
 
     def carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -434,7 +466,7 @@ async def _read(requests: AsyncIterator[Any], take: Callable[[Any], None]) -> No
         take(message)
 
 
-async def _call(function: Callable[[], ClusterStatus]) -> ClusterStatus:
+async def _call(function: Callable[[], Message]) -> Message:
     return function()
 
 

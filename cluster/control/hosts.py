@@ -11,7 +11,7 @@ from cluster.control.fleet import Load
 from cluster.control.remembered import remembered
 from cluster.control.scale import ScaleState, size
 from cluster.control.share import with_share
-from cluster.control.state import Alarmed, AskRoom, ControllerState, Effect, EndHost, HostState
+from cluster.control.state import Alarmed, AskRoom, ControllerState, Effect, EndHost, HostState, LoadRead
 from cluster.control.steer import aim, fleet_of, preview, take_turn
 from cluster.control.trust import doubt_load
 from experts.errors import InvalidInput
@@ -56,7 +56,7 @@ def follow_use(state: ControllerState, load: Load | None, now: float, effects: l
     fleet = fleet_of(state)
     held = Counter(name for names in state.moving.goal.values() for name in names)
     # Hosts have room for what must be, however few they are, down to the number that the cluster began with.
-    wanted, sizing = size(_with_wait(state, load), fleet, held, 0, scaling, state.sizing, now)
+    wanted, sizing = size(_with_idle(state, _with_wait(state, load)), fleet, held, 0, scaling, state.sizing, now)
     state = replace(state, sizing=sizing)
     if wanted.hosts <= len(fleet.staying) and not wanted.drain:
         return state
@@ -98,7 +98,8 @@ def drain_hosts(state: ControllerState, names: Iterable[str], now: float, effect
         # Others have what a host had that is away; it need not come back.
         target = state.moving.goal if leaving & journal.away else journal.target
         journal = replace(journal, draining=journal.draining | leaving, away=journal.away - leaving, target=target)
-        state = take_turn(replace(state, journal=journal), state.load, now, effects)
+        again = LoadRead(load=state.load, missing=state.load_missing)
+        state = take_turn(replace(state, journal=journal), again, now, effects)
     effects.append(AskRoom(num_hosts=len(_wanted(state))))
     return state
 
@@ -180,3 +181,9 @@ def _with_wait(state: ControllerState, load: Load) -> Load:
     reports = [member.report for member in state.members.values() if member.report.kind is MemberKind.ROUTER]
     waits = [report.longest_wait_s for report in reports if report.longest_wait_s is not None]
     return replace(load, queue_s=max(waits) if waits and len(waits) == len(reports) else None)
+
+
+def _with_idle(state: ControllerState, load: Load) -> Load:
+    """Of hosts that hold nothing the load says nothing: they are not busy."""
+    idle = [name for name, host in state.hosts.items() if host.report is not None and not host.report.held]
+    return replace(load, busy={**dict.fromkeys(idle, 0.0), **load.busy})

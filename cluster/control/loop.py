@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from cluster.control.balance import LayerBalance
 from cluster.control.draft import Replica
@@ -63,36 +64,82 @@ class Turn:
     plan: Plan | None = None
 
 
-def turn(
-    state: LoopState,
-    load: Load | None,
-    fleet: Fleet,
-    policy: Policy,
-    limits: Limits,
-    now: float,
-    *,
-    rebalances: bool = True,
-    down: Set[Replica] = frozenset(),
-) -> tuple[LoopState, Turn]:
-    """Take the load and the fleet as they are `now`; hosts that are not in `fleet` are gone.
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """All that a plan depends on, but the time. To answer it may take long, and touches nothing else."""
+
+    load: Load | None
+    fleet: Fleet
+    placement: Replicas
+    policy: Policy
+    planning: PlanState
+
+    def answer(self, now: float) -> Planned:
+        return Planned(self, *plan(self.load, self.fleet, self.placement, self.policy, self.planning, now))
+
+
+class Planned(NamedTuple):
+    """A plan, and what it was made for."""
+
+    question: Question
+    plan: Plan
+    planning: PlanState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The load and the fleet as they are now; hosts that are not in `fleet` are gone.
 
     Without `rebalances` only what has to be is planned. `down` is as in `moves.step`.
     """
+
+    load: Load | None
+    fleet: Fleet
+    policy: Policy
+    limits: Limits
+    rebalances: bool = True
+    down: Set[Replica] = frozenset()
+
+
+def question_of(state: LoopState, inputs: Inputs, now: float) -> Question | None:
+    """What a turn would have to plan for; None when it would not plan."""
+    return _question(_prepared(state, inputs, now, []), inputs, now)
+
+
+def turn(state: LoopState, inputs: Inputs, now: float, ahead: Planned | None = None) -> tuple[LoopState, Turn]:
+    """Take a turn. Where `ahead` is of a state that has passed meanwhile, nothing is planned before the next one."""
     effects: list[MoveEffect] = []
-    for name in sorted(_gone(state.moving, fleet)):
-        state = _move(state, HostAway(name=name), fleet, limits, now, effects, down)
-    state = _move(state, TimePassed(), fleet, limits, now, effects, down)
-    state = _realise(state, load, fleet, policy, now)
-    is_late = now - state.planned_at >= REPLAN_S
-    if not (_is_wrong(state.moving, fleet) or (rebalances and (state.moving.is_done or is_late))):
+    state = _prepared(state, inputs, now, effects)
+    question = _question(state, inputs, now)
+    if question is None or (ahead is not None and ahead.question != question):
         return state, Turn(effects=tuple(effects))
-    before = _live(state.moving, fleet)
-    made, planning = plan(load if rebalances else None, fleet, before, policy, state.planning, now)
+    _, made, planning = ahead or question.answer(now)
     state = replace(state, planning=planning, planned_at=now)
     if made.is_change:
         state = remember(state, _applied(made, state.moving, now))
-        state = _move(state, Goal(replicas=made.target), fleet, limits, now, effects, down)
+        state = _move(state, Goal(replicas=made.target), inputs, now, effects)
     return state, Turn(effects=tuple(effects), plan=made)
+
+
+def _prepared(state: LoopState, inputs: Inputs, now: float, effects: list[MoveEffect]) -> LoopState:
+    """`state` with what is gone, late or done by now."""
+    for name in sorted(_gone(state.moving, inputs.fleet)):
+        state = _move(state, HostAway(name=name), inputs, now, effects)
+    state = _move(state, TimePassed(), inputs, now, effects)
+    return _realise(state, inputs.load, inputs.fleet, inputs.policy, now)
+
+
+def _question(state: LoopState, inputs: Inputs, now: float) -> Question | None:
+    is_due = state.moving.is_done or now - state.planned_at >= REPLAN_S
+    if not (_is_wrong(state.moving, inputs.fleet) or (inputs.rebalances and is_due)):
+        return None
+    return Question(
+        load=inputs.load if inputs.rebalances else None,
+        fleet=inputs.fleet,
+        placement=_live(state.moving, inputs.fleet),
+        policy=inputs.policy,
+        planning=state.planning,
+    )
 
 
 def remember(state: LoopState, applied: Applied) -> LoopState:
@@ -109,21 +156,12 @@ def told(
     state: LoopState, event: MoveEvent, fleet: Fleet, limits: Limits, now: float
 ) -> tuple[LoopState, tuple[MoveEffect, ...]]:
     """Take in what a host said about a load, or a goal that a person set."""
-    effects: list[MoveEffect] = []
-    state = _move(state, event, fleet, limits, now, effects)
-    return state, tuple(effects)
+    moving, effects = step(state.moving, event, fleet, limits, now)
+    return replace(state, moving=moving), tuple(effects)
 
 
-def _move(
-    state: LoopState,
-    event: MoveEvent,
-    fleet: Fleet,
-    limits: Limits,
-    now: float,
-    effects: list[MoveEffect],
-    down: Set[Replica] = frozenset(),
-) -> LoopState:
-    moving, more = step(state.moving, event, fleet, limits, now, down)
+def _move(state: LoopState, event: MoveEvent, inputs: Inputs, now: float, effects: list[MoveEffect]) -> LoopState:
+    moving, more = step(state.moving, event, inputs.fleet, inputs.limits, now, inputs.down)
     effects += more
     return replace(state, moving=moving)
 

@@ -34,7 +34,9 @@ def decode_moves(raw: Mapping[str, Any]) -> MoveState:
         raise ValueError("the moves in the journal do not fit together")
     loading: dict[Replica, Loading] = {}
     for layer, expert, name, source in raw["loading"]:
-        loading[(int(layer), int(expert)), str(name)] = Loading(source=str(source), deadline=float("inf"))
+        loading[(int(layer), int(expert)), str(name)] = Loading(
+            source=str(source), begun=float("inf"), deadline=float("inf")
+        )
     draining: dict[Replica, float] = {}
     for layer, expert, name in raw["draining"]:
         draining[(int(layer), int(expert)), str(name)] = float("inf")

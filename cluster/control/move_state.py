@@ -38,9 +38,10 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """A load under way: from host `source`, or from disk where that is empty."""
+    """A load under way since `begun`: from host `source`, or from disk where that is empty."""
 
     source: str
+    begun: float
     deadline: float
 
 

@@ -266,7 +266,7 @@ def _load(
         # Who is mended by a replica may send another one meanwhile.
         silent = (senders if is_short else busy) | {host for what, host in down if what == key} | {name}
         source = _source(state, key, silent, fleet)
-        loading[replica] = Loading(source=source, deadline=now + limits.deadline_s(fleet.expert_bytes))
+        loading[replica] = Loading(source=source, begun=now, deadline=now + limits.deadline_s(fleet.expert_bytes))
         effects.append(LoadReplica(replica=replica, source=source))
         used[name] += 1
         loaders.add(name)

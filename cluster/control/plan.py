@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Literal
 
 from cluster.control.draft import Draft, Replica
 from cluster.control.fleet import Fleet, Load
@@ -67,6 +68,10 @@ class PlanState:
     scale: ScaleState = field(default_factory=ScaleState)
 
 
+Outcome = Literal["change", "no_change", "held"]
+"""What comes of a plan; "held": nothing, because something speaks against acting at all."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """`target` is the whole placement that shall be; without a change it is the one that is.
@@ -89,6 +94,10 @@ class Plan:
     @property
     def is_change(self) -> bool:
         return bool(self.loads or self.evictions)
+
+    @property
+    def outcome(self) -> Outcome:
+        return "change" if self.is_change else "held" if self.held_by else "no_change"
 
 
 def plan(

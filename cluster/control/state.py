@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from cluster.control.fleet import Load
-from cluster.control.loop import Applied
+from cluster.control.loop import Applied, Planned
 from cluster.control.move_state import Limits, MoveState
-from cluster.control.plan import Plan, PlanState, Policy
+from cluster.control.plan import Outcome, Plan, PlanState, Policy
 from cluster.control.replicas import Replicas
 from cluster.control.scale import ScaleState, Scaling
 from cluster.control.trouble import Trouble
@@ -89,22 +89,11 @@ class Journal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Count:
-    """What a host had counted since its start when it reported `at`."""
-
-    at: float
-    rows: Mapping[ExpertKey, int]
-    shipments: int
-    compute_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class HostState:
     """One wanted host. `target` is what it shall hold, `duty` what of it routers shall use, `serving` what it holds
     and the placement may list.
 
-    `stream` names the connection that its reports come on; orders go there, and `ordered` is the last one. `counts`
-    are of the last seconds, of one life of the host, oldest first.
+    `stream` names the connection that its reports come on; orders go there, and `ordered` is the last one.
     """
 
     target: frozenset[ExpertKey]
@@ -117,7 +106,6 @@ class HostState:
     ordered: HostOrder | None = None
     lost: bool = False
     serving: frozenset[ExpertKey] = frozenset()
-    counts: tuple[Count, ...] = ()
     trouble: Trouble = field(default_factory=Trouble)
 
 
@@ -137,7 +125,9 @@ class ControllerState:
     `hold_until`: after a restart nothing is published or moved before this, or before every host has reported,
     because a view made from half of the reports would take serving replicas away. `is_resumed`: that is over.
     `sizing` is how long hosts have been too busy or too idle; `welcomed` are added hosts that were given their share.
-    `plan` is the last one made, `load` what it was made from; `alarms` are the last ones, with their times.
+    `plan` is the last one made, `load` what was read last, `load_missing` why nothing was;
+    `alarms` are the last ones, with their times. Numbers are of this life; `decisions` counts plans by what came of
+    them, `move_s` is how long loads took that ended well, from order to serving.
     """
 
     journal: Journal
@@ -159,11 +149,15 @@ class ControllerState:
     planned_at: float = float("-inf")
     plan: Plan | None = None
     load: Load | None = None
+    load_missing: str = ""
     sizing: ScaleState = field(default_factory=ScaleState)
     welcomed: frozenset[str] = frozenset()
     num_orders: int = 0
     num_loaded: int = 0
     num_given_up: int = 0
+    num_not_loaded: int = 0
+    move_s: float = 0.0
+    decisions: Mapping[Outcome, int] = field(default_factory=lambda: MappingProxyType({}))
     alarms: tuple[tuple[float, str], ...] = ()
 
     @property
@@ -214,9 +208,12 @@ class Tick:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadRead:
-    """What was measured lately; None when it could not be read. The control loop takes its turn."""
+    """What was measured lately; None when it could not be read, for the reason `missing`. The control loop takes its
+    turn. `ahead` is a plan that was made elsewhere meanwhile; None: it is made now, if there is to be one."""
 
     load: Load | None
+    missing: str = ""
+    ahead: Planned | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

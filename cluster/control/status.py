@@ -8,8 +8,7 @@ from types import MappingProxyType
 
 from cluster.control.loop import imbalances
 from cluster.control.state import ControllerState, HostState
-from cluster.control.steer import expert_bytes, fleet_of, is_sick
-from cluster.control.trust import doubt_load
+from cluster.control.steer import doubt_of, expert_bytes, fleet_of, is_sick
 from experts.placement import ClusterView, HostInfo, IngressInfo, RouterInfo
 from experts.reports import ClusterStatus, ControllerInfo, HostReport, MemberKind, MemberReport, PlacementStatus
 
@@ -84,7 +83,7 @@ def _held_by(state: ControllerState) -> str:
         return "rebalancing is off"
     if state.ticked_at < state.journal.kept_until:
         return f"a person moved experts; the load is acted upon in {state.journal.kept_until - state.ticked_at:.0f} s"
-    return doubt_load(state.load, state.moving.goal, state.ticked_at, state.steering.policy.max_age_s)
+    return doubt_of(state)
 
 
 def host_info(name: str, host: HostState) -> HostInfo:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from statistics import median
 from types import MappingProxyType
 
 from cluster.control.draft import Replica
 from cluster.control.fleet import Fleet, HostSpec, Load
-from cluster.control.loop import LoopState, turn
+from cluster.control.loop import Inputs, LoopState, Question, question_of, turn
 from cluster.control.move_state import (
     Alarm,
     Goal,
@@ -31,10 +31,11 @@ from cluster.control.move_state import (
 )
 from cluster.control.moves import resume, seen, step, to_hold
 from cluster.control.pack import target_by_host
-from cluster.control.plan import Plan, PlanState, plan
+from cluster.control.plan import Outcome, Plan, PlanState, plan
 from cluster.control.rehome import rehome
 from cluster.control.replicas import Replicas
-from cluster.control.state import Alarmed, ControllerState, Effect, HostState
+from cluster.control.state import Alarmed, ControllerState, Effect, HostState, LoadRead
+from cluster.control.trust import doubt_load
 from experts.placement import ExpertKey
 
 MOST_ALARMS = 20
@@ -62,28 +63,19 @@ def resume_moves(state: ControllerState, now: float) -> ControllerState:
     return _with_moving(replace(state, is_resumed=True, planning=cooling(state)), moving)
 
 
-def take_turn(state: ControllerState, load: Load | None, now: float, effects: list[Effect]) -> ControllerState:
+def plan_ahead(state: ControllerState, load: Load | None, now: float) -> Question | None:
+    """What a turn with `load` would plan for; None when it would not plan. Its answer may be made on another thread."""
+    if not _has_turns(state):
+        return None
+    return question_of(_loop_of(state), _inputs(state, load, now), now)
+
+
+def take_turn(state: ControllerState, event: LoadRead, now: float, effects: list[Effect]) -> ControllerState:
     """One turn of the control loop."""
-    if not state.is_resumed or not state.moving.goal:
+    if not _has_turns(state):
         return state
-    steering, journal = state.steering, state.journal
-    loop = LoopState(
-        # What a plan is remembered by is the epoch that was published when it was made.
-        moving=replace(state.moving, epoch=journal.epoch),
-        planning=state.planning,
-        history=journal.history,
-        planned_at=state.planned_at,
-    )
-    loop, decided = turn(
-        loop,
-        load,
-        fleet_of(state),
-        steering.policy,
-        steering.limits,
-        now,
-        rebalances=steering.rebalances and now >= journal.kept_until,
-        down=down(state),
-    )
+    journal, load = state.journal, event.load
+    loop, decided = turn(_loop_of(state), _inputs(state, load, now), now, event.ahead)
     made = decided.plan
     if made is not None and made.is_change:
         journal = replace(journal, target=made.target)
@@ -95,9 +87,18 @@ def take_turn(state: ControllerState, load: Load | None, now: float, effects: li
         planning=loop.planning,
         planned_at=loop.planned_at,
         load=load,
+        load_missing=event.missing,
         plan=made or state.plan,
+        decisions=state.decisions if made is None else _one_more(state.decisions, made.outcome),
     )
     return _with_moving(_alarm(state, decided.effects, now, effects), loop.moving)
+
+
+def doubt_of(state: ControllerState) -> str:
+    """Why the load is not acted upon; empty when it is."""
+    return state.load_missing or doubt_load(
+        state.load, state.moving.goal, state.ticked_at, state.steering.policy.max_age_s
+    )
 
 
 def preview(state: ControllerState, load: Load | None, now: float) -> Plan:
@@ -132,7 +133,7 @@ def welcome_hosts(state: ControllerState, names: Iterable[str], now: float, effe
     state = move(state, Goal(replicas=_reachable(state)), now, effects)
     moving, limits = state.moving, state.steering.limits
     kept = {
-        (key, name): Loading(source="", deadline=now + limits.deadline_s(expert_bytes(state)))
+        (key, name): Loading(source="", begun=now, deadline=now + limits.deadline_s(expert_bytes(state)))
         for key, where in moving.goal.items()
         for name in names.intersection(where)
         if key in _held(state.hosts[name]) and name not in moving.published[key]
@@ -145,8 +146,10 @@ def move(state: ControllerState, event: MoveEvent, now: float, effects: list[Eff
     """Let one event happen to what moves."""
     limits = state.steering.limits
     moving, more = step(state.moving, event, fleet_of(state), limits, now, down(state))
-    if isinstance(event, Loaded) and event.replica in state.moving.loading:
-        state = replace(state, num_loaded=state.num_loaded + 1)
+    if isinstance(event, Loaded) and (loading := state.moving.loading.get(event.replica)) is not None:
+        state = replace(state, num_loaded=state.num_loaded + 1, move_s=state.move_s + (now - loading.begun))
+    if isinstance(event, NotLoaded) and event.replica not in moving.loading:
+        state = replace(state, num_not_loaded=state.num_not_loaded + (event.replica in state.moving.loading))
     return _with_moving(_alarm(state, more, now, effects), moving)
 
 
@@ -221,6 +224,35 @@ def with_targets(state: ControllerState) -> ControllerState:
         for name, host in state.hosts.items()
     }
     return replace(state, hosts=MappingProxyType(hosts))
+
+
+def _has_turns(state: ControllerState) -> bool:
+    return state.is_resumed and bool(state.moving.goal)
+
+
+def _loop_of(state: ControllerState) -> LoopState:
+    return LoopState(
+        # What a plan is remembered by is the epoch that was published when it was made.
+        moving=replace(state.moving, epoch=state.journal.epoch),
+        planning=state.planning,
+        history=state.journal.history,
+        planned_at=state.planned_at,
+    )
+
+
+def _inputs(state: ControllerState, load: Load | None, now: float) -> Inputs:
+    return Inputs(
+        load=load,
+        fleet=fleet_of(state),
+        policy=state.steering.policy,
+        limits=state.steering.limits,
+        rebalances=state.steering.rebalances and now >= state.journal.kept_until,
+        down=down(state),
+    )
+
+
+def _one_more(decisions: Mapping[Outcome, int], outcome: Outcome) -> Mapping[Outcome, int]:
+    return MappingProxyType({**decisions, outcome: decisions.get(outcome, 0) + 1})
 
 
 def _with_moving(state: ControllerState, moving: MoveState) -> ControllerState:

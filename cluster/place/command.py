@@ -6,10 +6,13 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.config import check_url
+from cluster.control.prometheus_load import PrometheusLoad
+from cluster.control.reading import Expected, Held, Page
 from cluster.place.trace import read_mean, record
 from cluster.run_file import state_dirs
 from cluster.show import Found, find_controller, table
@@ -22,6 +25,7 @@ from experts.grpc_control import (
     ask_rollback,
     ask_target,
     fetch_history,
+    fetch_rows,
     fetch_status,
 )
 from experts.placement import ExpertKey
@@ -76,14 +80,34 @@ def run_rollback(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     load = read_mean(Path(options.load)) if options.load else None
+    if options.prometheus:
+        check_url("prometheus", options.prometheus)
     found = _find(options)
     if options.history:
         plans = fetch_history(found.address, tls=found.tls)
         print(json.dumps([_as_json(plan) for plan in plans], indent=1) if options.json else _history(plans))
         return 0
+    if options.prometheus:
+        load = read_prometheus(found, options.prometheus)
     text, document = ask_plan(found.address, apply=not options.dry_run, load=load, tls=found.tls)
     print(document if options.json else text)
     return 0
+
+
+def read_prometheus(found: Found, url: str) -> Mapping[ExpertKey, float]:
+    """Rows per second of every expert, as the server at `url` has them. Raises InvalidInput where it has no load that
+    could be acted upon, and ControllerUnreachable."""
+    _, keys = fetch_rows(found.address, tls=found.tls)
+    status = found.status
+    expected = Expected(
+        keys=keys,
+        hosts=tuple(Page(name=host.name, address=host.metrics_address) for host in status.hosts if host.slots),
+        routers=tuple(Page(name=router.name, address=router.metrics_address) for router in status.routers),
+    )
+    load = PrometheusLoad(url, status.name).load(expected, time.monotonic())
+    if isinstance(load, Held):
+        raise InvalidInput("prometheus", url, f"must have a load to plan by: {load.reason}")
+    return load.rows
 
 
 def run_record(options: argparse.Namespace) -> int:

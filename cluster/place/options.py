@@ -47,7 +47,9 @@ def add_plan(parser: argparse.ArgumentParser, add_where: Callable[[argparse.Argu
     parser.set_defaults(run=_runner("plan"))
     parser.add_argument("--dry-run", action="store_true", help="show the plan, and do nothing")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--load", metavar="FILE", help="plan by a load of herd trace record (by what is measured now)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--load", metavar="FILE", help="plan by a load of herd trace record (by what is measured now)")
+    source.add_argument("--prometheus", metavar="URL", help="plan by the load that this server has")
     parser.add_argument("--history", action="store_true", help="show the plans that were applied instead")
     add_where(parser)
 

@@ -11,7 +11,6 @@ from typing import Any
 from cluster.control.core import start, step
 from cluster.control.grpc_server import HEARTBEAT_S, TICK_S, TURN_S
 from cluster.control.journal import decode, encode
-from cluster.control.load_source import ReportedLoad
 from cluster.control.state import (
     Alarmed,
     Asked,
@@ -32,6 +31,7 @@ from cluster.control.state import (
     Timing,
     WriteJournal,
 )
+from cluster.simulate.counted_load import CountedLoad
 from cluster.simulate.network import Corrupt, End, Network
 from cluster.simulate.process import Process
 from experts.errors import InvalidInput
@@ -161,6 +161,7 @@ class Controller:
         self._streams: dict[int, End] = {}
         self._members: set[int] = set()
         self._view: ClusterView | None = None
+        self._load = CountedLoad()
         self.state: ControllerState
         self.state, effects = start(disk.read(), hosts, process.world.now, timing, steering)
         self._carry_out(effects)
@@ -176,7 +177,7 @@ class Controller:
             self._process.note(f"refuses: {error}")
 
     def _turn(self) -> None:
-        self._feed(LoadRead(load=ReportedLoad().read(self.state, self._process.world.now)))
+        self._feed(LoadRead(load=self._load.load(self.state, self._process.world.now)))
         self._process.after(TURN_S, self._turn)
 
     def _tick(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from cluster.control.draft import Replica
 from cluster.control.fleet import Fleet, Load
-from cluster.control.loop import LoopState, imbalances, told, turn
+from cluster.control.loop import Inputs, LoopState, imbalances, told, turn
 from cluster.control.move_state import (
     Alarm,
     EvictReplica,
@@ -81,7 +81,7 @@ class World:
         self.now += self.tick_s
         self._lose_hosts()
         effects = self._arrivals()
-        self.state, decided = turn(self.state, self.measure(rows), self.fleet, self.policy, self.limits, self.now)
+        self.state, decided = turn(self.state, self._inputs(rows), self.now)
         effects += decided.effects
         self._carry_out(decided.effects, self.now)
         return self._sight(rows, effects, decided.plan)
@@ -91,6 +91,9 @@ class World:
         gauss, window_s = self.rng.gauss, self.tick_s
         counted = {key: max(0.0, rate + gauss(0.0, 1.0) * math.sqrt(rate / window_s)) for key, rate in rows.items()}
         return Load(at=self.now, rows=counted, window_s=window_s)
+
+    def _inputs(self, rows: Rows) -> Inputs:
+        return Inputs(load=self.measure(rows), fleet=self.fleet, policy=self.policy, limits=self.limits)
 
     def _lose_hosts(self) -> None:
         for name in self.held.keys() - self.fleet.hosts.keys():

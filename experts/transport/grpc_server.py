@@ -97,9 +97,14 @@ class ExpertHostServer:
         return self._exchange.links.value
 
     @property
+    def queue_depth(self) -> int:
+        """Shipments that wait, are being computed or are being answered now."""
+        return self._exchange.busy.value
+
+    @property
     def is_busy(self) -> bool:
-        """Whether a shipment is being computed or answered now."""
-        return self._exchange.busy.value > 0
+        """Whether there is such a shipment."""
+        return self.queue_depth > 0
 
     def cut(self, seconds: float) -> None:
         """For a drill: read and answer nothing for so long, as if a network had lost it all."""

@@ -261,7 +261,7 @@ class ClusterView(_message.Message):
     def __init__(self, version: _Optional[int] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[Router, _Mapping]]] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class Controller(_message.Message):
-    __slots__ = ("pid", "address", "node", "epoch", "version", "term", "metrics_address")
+    __slots__ = ("pid", "address", "node", "epoch", "version", "term", "metrics_address", "prometheus")
     PID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +269,7 @@ class Controller(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PROMETHEUS_FIELD_NUMBER: _ClassVar[int]
     pid: int
     address: str
     node: str
@@ -276,7 +277,8 @@ class Controller(_message.Message):
     version: int
     term: int
     metrics_address: str
-    def __init__(self, pid: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., version: _Optional[int] = ..., term: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    prometheus: str
+    def __init__(self, pid: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., version: _Optional[int] = ..., term: _Optional[int] = ..., metrics_address: _Optional[str] = ..., prometheus: _Optional[str] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

@@ -13,14 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
-from experts.errors import InvalidInput, RouterLost
+from experts.errors import HerdError, InvalidInput, RouterLost
 from experts.placement import ExpertKey
 from experts.threads import Threads
 from router.engine.images import ImageInput, ImageRules, place_images
 from router.engine.kv_cache import KVNumbers
 from router.engine.request import Event, FinishEvent, Request, SamplingParams
+from router.engine.request_times import Durations, RequestTimes
 from router.engine.runner import StepOutcome
 from router.engine.scheduler import Scheduler, Step
+from router.histogram import POWERS_OF_TWO, Histogram
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,8 @@ class Runner(Protocol):
 
 @dataclass
 class EngineStats:
-    """Plain counters since start; times in seconds."""
+    """Plain counters since start; times in seconds. `finished` by reason, `rejected` by error, `batch` the number of
+    requests in each step."""
 
     steps: int = 0
     step_s: float = 0.0
@@ -47,6 +50,9 @@ class EngineStats:
     computed_tokens: int = 0
     parked: int = 0
     finished: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    batch: Histogram = field(default_factory=lambda: Histogram(POWERS_OF_TWO))
+    durations: Durations = field(default_factory=Durations)
 
 
 class _Sink(NamedTuple):
@@ -74,6 +80,7 @@ class Engine:
         threads: Threads = threading,
     ) -> None:
         self.stats = EngineStats()
+        self._times = RequestTimes(self.stats.durations)
         self._scheduler = scheduler
         self._runner = runner
         self._vocab_size = vocab_size
@@ -109,10 +116,8 @@ class Engine:
             return scheduler.num_running, scheduler.num_waiting, scheduler.num_parked
 
     def longest_wait_s(self) -> float:
-        """For how long the request waits that came first of those that have not begun; 0 when all have."""
-        with self._changed:
-            first = self._scheduler.first_waiting
-        return 0.0 if first is None else max(0.0, self._clock() - first)
+        """How long the oldest of the requests has waited that no step has begun."""
+        return self._times.longest_wait(self._clock())
 
     def kv_numbers(self) -> KVNumbers:
         """How full the KV cache is, and what sharing prefixes saves."""
@@ -138,12 +143,35 @@ class Engine:
         Raises InvalidInput, ContextOverflow, Overloaded or RouterLost, and then calls nothing. Attempts of one
         request are strangers to each other here: an older one that lingers does not stand in a newer one's way.
         """
+        try:
+            request = self._request(
+                request_id, attempt, prompt_ids, emitted_ids, sampling, deadline, images, priority, cache_salt
+            )
+            with self._changed:
+                self._take_in(request, _Sink(request_id, on_event))
+        except HerdError as error:
+            with self._changed:
+                self.stats.rejected[type(error).__name__] += 1
+            raise
+
+    def _request(
+        self,
+        request_id: str,
+        attempt: int,
+        prompt_ids: list[int],
+        emitted_ids: list[int],
+        sampling: SamplingParams,
+        deadline: float,
+        images: Sequence[ImageInput],
+        priority: int,
+        cache_salt: str,
+    ) -> Request:
         sampling.check(self._vocab_size)
         known = [*prompt_ids, *emitted_ids]
         for token in (min(known, default=0), max(known, default=0)):
             if not 0 <= token < self._vocab_size:
                 raise InvalidInput("prompt", token, f"token ids must be in 0 … {self._vocab_size - 1}")
-        request = Request(
+        return Request(
             request_id=_name(request_id, attempt),
             token_ids=known,
             num_prompt=len(prompt_ids),
@@ -155,13 +183,15 @@ class Engine:
             cache_salt=cache_salt,
             images=place_images(prompt_ids, images, self._image_rules),
         )
-        with self._changed:
-            if self._stopping or not self.alive:
-                raise RouterLost("this router is stopping")
-            self._early += self._scheduler.submit(request, self._clock())
-            self._sinks[request.request_id] = _Sink(request_id, on_event)
-            self.stats.prompt_tokens += len(prompt_ids)
-            self._changed.notify_all()
+
+    def _take_in(self, request: Request, sink: _Sink) -> None:
+        if self._stopping or not self.alive:
+            raise RouterLost("this router is stopping")
+        self._early += self._scheduler.submit(request, self._clock())
+        self._sinks[request.request_id] = sink
+        self._times.came(request)
+        self.stats.prompt_tokens += request.num_prompt
+        self._changed.notify_all()
 
     def cancel(self, request_id: str, attempt: int) -> None:
         """End a request from any thread, within a step; nothing happens when that attempt is not here any more."""
@@ -249,6 +279,7 @@ class Engine:
 
     def _run(self, step: Step) -> StepOutcome | None:
         """Run a step. A step that raises ends its own requests and nothing else."""
+        self._times.began((piece.request.request_id for piece in step.pieces), step.started)
         try:
             self._begin_step(max(piece.request.deadline for piece in step.pieces))
             outcome = self._runner.run(step)
@@ -276,6 +307,7 @@ class Engine:
         self.stats.computed_tokens += step.num_tokens
         self.stats.output_tokens += len(outcome.sampled)
         self.stats.parked += len(outcome.lost)
+        self.stats.batch.add(len(step.pieces))
         for piece in step.pieces:
             name = piece.request.request_id
             if name in outcome.lost:
@@ -285,7 +317,9 @@ class Engine:
                 self._retry_at.pop(name, None)
 
     def _emit(self, events: list[Event]) -> None:
+        now = self._clock()
         for event in events:
+            self._times.told(event, now)
             sink = self._sinks[event.request_id]
             if isinstance(event, FinishEvent):
                 with self._changed:

@@ -135,11 +135,6 @@ class Scheduler:
         return len(self._in_phase(Phase.WAITING))
 
     @property
-    def first_waiting(self) -> float | None:
-        """When the request came that waits longest; None when none waits."""
-        return min((request.arrival for request in self._in_phase(Phase.WAITING)), default=None)
-
-    @property
     def num_parked(self) -> int:
         return len(self._in_phase(Phase.PARKED))
 

@@ -12,7 +12,6 @@ import pytest
 from cluster.control.core import start, step
 from cluster.control.fleet import Load
 from cluster.control.journal import decode, encode
-from cluster.control.load_source import ReportedLoad
 from cluster.control.move_state import Limits
 from cluster.control.pack import pack
 from cluster.control.plan import Policy
@@ -43,6 +42,7 @@ from cluster.control.state import (
 from cluster.control.status import status_of
 from cluster.control.steer import fleet_of
 from cluster.control.trouble import RELAPSE_S, SICK_AFTER_S, Trouble
+from cluster.simulate.counted_load import CountedLoad
 from experts.errors import InvalidInput
 from experts.placement import ClusterView, ExpertKey
 from experts.reports import ControllerInfo, HostOrder, HostReport, MemberKind, MemberReport
@@ -69,6 +69,7 @@ class Site:
     wait_s: float | None = 0.0
     seen: dict[str, str] = field(default_factory=dict)
     """The states of hosts as the router sees them, where they are not up."""
+    counted: CountedLoad = field(default_factory=CountedLoad)
     effects: list[Effect] = field(default_factory=list)
     views: list[ClusterView] = field(default_factory=list)
     stream: int = 1
@@ -119,7 +120,7 @@ class Site:
             router = MemberReport(kind=MemberKind.ROUTER, name="r", hosts=states, longest_wait_s=self.wait_s)
             self.take(MemberReported(report=router))
             self.take(Tick())
-            self.take(LoadRead(load=ReportedLoad().read(self.state, self.now)))
+            self.take(LoadRead(load=self.counted.load(self.state, self.now)))
 
     def obey(self, name: str) -> None:
         order = self.orders.get(name)
@@ -422,7 +423,7 @@ def test_a_share_is_taken_from_who_has_most_rows() -> None:
 def test_a_load_by_prometheus_may_know_the_queue_itself() -> None:
     site = Site(steering=scaled(), busy=0.95, wait_s=None)
     for _ in range(40):
-        load = ReportedLoad().read(site.state, site.now)
+        load = site.counted.load(site.state, site.now)
         site.take(LoadRead(load=None if load is None else replace(load, queue_s=0.0)))
         site.now += 0.5
         for name in list(site.up):
@@ -430,3 +431,28 @@ def test_a_load_by_prometheus_may_know_the_queue_itself() -> None:
         site.take(Tick())
     assert len(site.state.hosts) > 2
     assert isinstance(site.state.load, Load)
+
+
+class ReadFromPages(CountedLoad):
+    """Of a host that holds nothing nobody reads how busy it is."""
+
+    def load(self, state: ControllerState, now: float) -> Load | None:
+        found = super().load(state, now)
+        if found is None:
+            return None
+        holding = {name for name, host in state.hosts.items() if host.report is not None and host.report.held}
+        return replace(found, busy={name: share for name, share in found.busy.items() if name in holding})
+
+
+def test_a_host_that_holds_nothing_is_idle_and_the_first_to_go() -> None:
+    site = Site(steering=replace(scaled(), extra_slots=2), busy=0.05, counted=ReadFromPages())
+    target = site.state.moving.goal
+    site.take(HostsAsked(number=3))
+    site.run(15)
+    site.take(TargetAsked(replicas=target))
+    site.run(15)
+    assert len(site.up) == 3 and site.load_of() == {"host-0": 8, "host-1": 8}
+    site.state = replace(site.state, journal=replace(site.state.journal, sized_until=0.0))
+    site.run(30)
+    assert site.up.keys() == {"host-0", "host-1"}
+    always_complete(site)

@@ -119,3 +119,6 @@ def test_responses_are_counted_whatever_becomes_of_them() -> None:
         asyncio.run(counting({"type": "http", "status": 500}, nothing, nothing))
     assert counting.numbers().responses == {200: 2, 404: 1, 500: 1}
     assert counting.numbers().active == 0
+    for path, status in (("/v1/chat/completions", 200), ("/v1/completions", 200), ("/v1/completions", 429), ("/", 200)):
+        asyncio.run(counting({"type": "http", "path": path, "status": status}, nothing, nothing))
+    assert sum(counting.numbers().generations.counts) == 2

@@ -11,8 +11,8 @@ import pytest
 from cluster.control.core import start, step
 from cluster.control.fleet import Load
 from cluster.control.journal import decode, encode
-from cluster.control.load_source import ReportedLoad
 from cluster.control.move_state import Limits
+from cluster.control.numbers import planner_of
 from cluster.control.pack import pack
 from cluster.control.plan import Policy
 from cluster.control.state import (
@@ -35,6 +35,8 @@ from cluster.control.state import (
     WriteJournal,
 )
 from cluster.control.status import status_of
+from cluster.control.steer import expert_bytes, plan_ahead
+from cluster.simulate.counted_load import CountedLoad
 from experts.errors import InvalidInput
 from experts.placement import ClusterView, ExpertKey
 from experts.reports import ControllerInfo, HostOrder, HostReport
@@ -61,6 +63,7 @@ class Site:
     stream: int = 1
     disk: str = ""
     before_effect: Callable[[], None] = field(default=lambda: None)
+    load: CountedLoad = field(default_factory=CountedLoad)
     state: ControllerState = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,16 +95,19 @@ class Site:
                 case SendOrder(name=name, order=order):
                     self.orders[name] = order
 
+    def tick(self) -> None:
+        self.now += 0.5
+        for key, rate in self.rates.items():
+            name = self.placed(key)[0]
+            self.rows[name][key] = self.rows[name].get(key, 0) + rate // 2
+        for name in HOSTS:
+            self.obey(name)
+        self.take(Tick())
+
     def run(self, seconds: float) -> None:
         for _ in range(round(seconds / 0.5)):
-            self.now += 0.5
-            for key, rate in self.rates.items():
-                name = self.placed(key)[0]
-                self.rows[name][key] = self.rows[name].get(key, 0) + rate // 2
-            for name in HOSTS:
-                self.obey(name)
-            self.take(Tick())
-            self.take(LoadRead(load=ReportedLoad().read(self.state, self.now)))
+            self.tick()
+            self.take(LoadRead(load=self.load.load(self.state, self.now)))
 
     def obey(self, name: str) -> None:
         order = self.orders.get(name)
@@ -348,7 +354,7 @@ def test_a_controller_that_is_killed_before_any_effect_of_a_plan_goes_on_with_it
 
 
 def spoiled(site: Site) -> Mapping[str, Load | None]:
-    load = ReportedLoad().read(site.state, site.now)
+    load = site.load.load(site.state, site.now)
     assert load is not None
     first = KEYS[0]
     return {
@@ -378,21 +384,63 @@ def test_a_load_that_cannot_be_trusted_holds_and_says_so(how: str) -> None:
     assert status_of(site.state, "herd", ControllerInfo()).placement.held_by
 
 
+def uneven(site: Site) -> Load:
+    """What is measured once one host is much busier than the others; the loop had no turn yet."""
+    site.rates = dict.fromkeys([key for key in KEYS if site.placed(key) == ("h0",)], 2000)
+    load: Load | None = None
+    for _ in range(12):
+        site.tick()
+        load = site.load.load(site.state, site.now)
+    assert load is not None
+    return load
+
+
+def test_a_plan_made_ahead_counts_only_for_the_state_that_it_was_made_for() -> None:
+    site = Site()
+    load, before = uneven(site), site.state.decisions
+    question = plan_ahead(site.state, load, site.now)
+    assert question is not None
+    ahead = question.answer(site.now)
+    assert ahead.plan.is_change
+    site.take(LoadRead(load=replace(load, rows=dict.fromkeys(KEYS, 1.0)), ahead=ahead))
+    assert not site.state.journal.history and site.state.decisions == before, "the load is another one"
+    site.take(LoadRead(load=load, ahead=ahead))
+    assert site.state.moving.goal == ahead.plan.target and len(site.state.journal.history) == 1
+    assert site.state.decisions == {**before, "change": 1}
+    moved = plan_ahead(site.state, load, site.now)
+    assert moved is None, "while replicas move there is nothing to plan"
+
+
+def test_what_the_loop_did_is_counted() -> None:
+    site = Site()
+    load = uneven(site)
+    site.take(LoadRead(load=load))
+    site.run(10)
+    numbers, (applied, *_) = planner_of(site.state), site.state.journal.history
+    assert numbers.moves_ended["done"] >= applied.loads > 0 and numbers.moves_ended["failed"] == 0
+    assert numbers.moved_bytes == numbers.moves_ended["done"] * expert_bytes(site.state)
+    assert 0.0 < numbers.move_s <= 0.5 * numbers.moves_ended["done"]
+    assert numbers.decisions["change"] >= 1 and numbers.decisions["no_change"] >= 1
+    site.take(LoadRead(load=None, missing="the wire is cut"))
+    assert planner_of(site.state).holding == "the wire is cut" and planner_of(site.state).decisions["held"] >= 1
+    assert status_of(site.state, "herd", ControllerInfo()).placement.held_by == "the wire is cut"
+
+
 def test_rates_are_read_of_hosts_that_count_without_a_break() -> None:
     site = Site()
     key = next(key for key in KEYS if site.placed(key) == ("h0",))
     site.rates = {key: 500}
     site.run(5)
-    load = ReportedLoad().read(site.state, site.now)
+    load = site.load.load(site.state, site.now)
     assert load is not None and load.rows.keys() == set(KEYS)
     assert load.rows[key] == pytest.approx(500.0) and sum(load.rows.values()) == pytest.approx(500.0)
-    assert ReportedLoad().read(site.state, site.now + 3.0) is None, "too old"
+    assert site.load.load(site.state, site.now + 3.0) is None, "too old"
     # A new life of a host counts from nothing: what it had counted before says nothing about now.
     host = site.state.hosts["h0"]
     assert host.report is not None
     reborn = replace(host.report, incarnation=2, rows={}, num_shipments=0)
     site.take(HostReported(report=reborn, stream=site.stream))
-    assert ReportedLoad().read(site.state, site.now) is None
+    assert site.load.load(site.state, site.now) is None
 
 
 def test_the_journal_keeps_moves_and_history() -> None:

@@ -8,39 +8,46 @@ from collections.abc import Callable, Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.metrics import (
-    HOST_STATES,
-    Families,
-    HostNumbers,
-    IngressNumbers,
-    MetricsPage,
-    RouterNumbers,
-    controller_families,
-    host_families,
-    ingress_families,
-    router_families,
-)
+from cluster.control.numbers import REPLICA_STATES, ControllerNumbers, PlannerNumbers
+from cluster.metrics.controller import controller_families
+from cluster.metrics.families import Families
+from cluster.metrics.host import HostNumbers, host_families
+from cluster.metrics.ingress import IngressNumbers, ingress_families
+from cluster.metrics.page import MetricsPage
+from cluster.metrics.router import ENDS, FAILOVERS, HOST_STATES, RouterNumbers, router_families
 from experts.errors import InvalidInput
 from experts.load import LoadSnapshot
 from experts.placement import HostInfo
 from experts.reports import ClusterStatus, ControllerInfo
-from router.dispatch_stats import DispatchStats, RoundTrips
+from router.dispatch_stats import DispatchStats
 from router.engine.engine import EngineStats
 from router.engine.kv_cache import KVNumbers
+from router.engine.request import FinishReason
+from router.engine.request_times import Durations
 from router.failover.events import HostState, Reason
+from router.histogram import SECONDS, Histogram
 
-TRIPS = RoundTrips()
-for seconds in (0.0015, 0.3, 9.0):
+TRIPS = Histogram()
+for seconds in (0.0015, 0.3, 900.0):
     TRIPS.add(seconds)
-LOAD = LoadSnapshot(rows={(1, 0): 5, (3, 2): 7}, rows_total=12, num_shipments=4, compute_s=0.25)
-HOST = HostNumbers(name="host-0", load=LOAD, slots=8, held_bytes=4096)
+LOAD = LoadSnapshot(rows={(1, 0): 5, (3, 2): 7}, rows_total=12, num_shipments=4, compute_s=0.25, queue_s=0.5)
+HOST = HostNumbers(name="host-0", load=LOAD, held=frozenset({(1, 0), (3, 2), (3, 3)}), held_bytes=4096, queue_depth=2)
 ROUTER = RouterNumbers(
-    engine=EngineStats(steps=3, step_s=1.5, prompt_tokens=10, output_tokens=6, finished=Counter({"stop": 2})),
+    engine=EngineStats(
+        steps=3,
+        step_s=1.5,
+        prompt_tokens=10,
+        output_tokens=6,
+        finished=Counter({FinishReason.STOP: 2}),
+        rejected=Counter(Overloaded=4),
+        durations=Durations(first_token=TRIPS),
+    ),
     running=1,
     waiting=2,
     parked=3,
     kv=KVNumbers(used=0.5, cached=0.25, looked_up_tokens=90, hit_tokens=64, evicted_blocks=7, global_tokens=640),
     max_model_len=512,
+    longest_wait_s=1.25,
     dispatch=DispatchStats(
         shipments=9,
         resends=1,
@@ -99,7 +106,9 @@ def test_a_host_shows_rows_per_expert(scrape: Scrape) -> None:
     values = scrape(lambda: host_families(HOST))
     assert values["herd_expert_rows_total{expert=2,host=host-0,layer=3}"] == 7
     assert values["herd_host_compute_seconds_total"] == 0.25
-    assert values["herd_host_slots"] == 8
+    assert values["herd_expert_rows_total{expert=3,host=host-0,layer=3}"] == 0, "held, and nothing came yet"
+    assert (values["herd_host_queue_seconds_total"], values["herd_host_queue_depth"]) == (0.5, 2)
+    assert values["herd_host_slots"] == 3
     assert values["herd_host_held_bytes"] == 4096
     assert "process_resident_memory_bytes" in values
 
@@ -107,6 +116,13 @@ def test_a_host_shows_rows_per_expert(scrape: Scrape) -> None:
 def test_a_router_shows_requests_tokens_and_shipments(scrape: Scrape) -> None:
     values = scrape(lambda: router_families(ROUTER))
     assert values["herd_router_requests_finished_total{reason=stop}"] == 2
+    assert values["herd_router_requests_finished_total{reason=error}"] == 0
+    assert values["herd_router_requests_rejected_total{error=Overloaded}"] == 4
+    assert values["herd_router_longest_wait_seconds"] == 1.25
+    assert values["herd_router_time_to_first_token_seconds_bucket{le=0.0001}"] == 0
+    assert values["herd_router_time_to_first_token_seconds_bucket{le=100.0}"] == 2
+    assert values["herd_router_time_to_first_token_seconds_count"] == 3
+    assert values["herd_router_inter_token_seconds_count"] == 0
     assert values["herd_router_requests{state=parked}"] == 3
     assert values["herd_router_output_tokens_total"] == 6
     assert values["herd_router_resends_total"] == 1
@@ -132,7 +148,13 @@ def test_a_router_shows_what_became_of_shipments_and_how_it_sees_hosts(scrape: S
     trips = "herd_router_dispatch_round_trip_seconds"
     buckets = {bound: values[f"{trips}_bucket{{layer=3,le={bound}}}"] for bound in ("0.001", "0.002", "0.5", "+Inf")}
     assert buckets == {"0.001": 0, "0.002": 1, "0.5": 2, "+Inf": 3}
-    assert values[f"{trips}_sum{{layer=3}}"] == pytest.approx(9.3015)
+    assert values[f"{trips}_sum{{layer=3}}"] == pytest.approx(900.3015)
+
+
+def test_values_of_labels_are_those_of_the_parts_that_count() -> None:
+    assert set(ENDS) == set(FinishReason)
+    assert set(FAILOVERS) == set(Reason)
+    assert (SECONDS[0], SECONDS[-1]) == (0.0001, 100.0)
 
 
 def test_a_router_that_computes_itself_shows_its_inner_host(scrape: Scrape) -> None:
@@ -151,11 +173,72 @@ def test_an_ingress_shows_responses(scrape: Scrape) -> None:
 
 
 def test_the_controller_shows_hosts_by_state(scrape: Scrape) -> None:
-    values = scrape(lambda: controller_families(STATUS))
+    values = scrape(lambda: controller_families(ControllerNumbers(status=STATUS)))
     assert values["herd_controller_hosts{state=ready}"] == values["herd_controller_hosts{state=lost}"] == 1
     assert values["herd_controller_hosts{state=loading}"] == 0
     assert values["herd_controller_epoch"] == 4
     assert (values["herd_controller_replicas_held"], values["herd_controller_replicas_wanted"]) == (3, 6)
+
+
+def test_the_controller_shows_replicas_by_state(scrape: Scrape) -> None:
+    numbers = ControllerNumbers(status=STATUS, replicas={(1, 0): {"serving": 2, "loading": 1}, (3, 7): {}})
+    values = scrape(lambda: controller_families(numbers))
+    replicas = {name: value for name, value in values.items() if name.startswith("herd_expert_replicas")}
+    assert replicas == {
+        "herd_expert_replicas{expert=0,layer=1,state=serving}": 2,
+        "herd_expert_replicas{expert=0,layer=1,state=loading}": 1,
+        "herd_expert_replicas{expert=7,layer=3,state=serving}": 0,
+    }
+    assert "serving" in REPLICA_STATES
+
+
+def test_the_controller_shows_what_a_planner_does_and_zeros_before_there_is_one(scrape: Scrape) -> None:
+    idle = scrape(lambda: controller_families(ControllerNumbers(status=STATUS)))
+    planner = PlannerNumbers(
+        is_planning=True,
+        holding="no load was measured",
+        imbalance={3: 1.5},
+        balance_predicted=0.9,
+        decisions={"change": 2},
+        moves={"loading": 1},
+        moves_ended={"done": 7},
+        moved_bytes=1 << 40,
+        move_s=2.5,
+        hosts_wanted=4,
+    )
+    busy = scrape(lambda: controller_families(ControllerNumbers(status=STATUS, planner=planner)))
+    for name, value in {
+        "herd_planner_active": 1,
+        "herd_planner_holding": 1,
+        "herd_planner_balance_ratio{kind=predicted}": 0.9,
+        "herd_planner_decisions_total{outcome=change}": 2,
+        "herd_moves{state=loading}": 1,
+        "herd_moves_ended_total{outcome=done}": 7,
+        "herd_moved_bytes_total": 1 << 40,
+        "herd_move_seconds_total": 2.5,
+        "herd_planner_hosts_wanted": 4,
+    }.items():
+        assert (idle[name], busy[name]) == (0, value), name
+    assert busy["herd_planner_layer_imbalance_ratio{layer=3}"] == 1.5
+
+
+def test_few_metrics_have_a_sample_for_every_expert() -> None:
+    status = ControllerNumbers(status=STATUS, replicas={(1, 0): {"serving": 1}})
+    families = [*host_families(HOST), *router_families(ROUTER), *controller_families(status)]
+    by_expert = {family.name for family in families for sample in family.samples if "expert" in sample.labels}
+    assert by_expert == {"herd_expert_rows", "herd_expert_replicas"}
+    names = [family.name for family in families]
+    assert len(set(names)) == len(names)
+    assert all(name.startswith("herd_") for name in names)
+
+
+def test_documents_lie_beside_the_page() -> None:
+    page = MetricsPage(lambda: (), bind="127.0.0.1", documents={"/targets": lambda: b"[1]"})
+    with urllib.request.urlopen(f"http://{page.address}/targets", timeout=20) as response:
+        assert (response.read(), response.headers["Content-Type"]) == (b"[1]", "application/json")
+    with urllib.request.urlopen(f"http://{page.address}/metrics", timeout=20) as response:
+        assert b"process_cpu_seconds_total" in response.read()
+    page.close()
 
 
 def test_pages_take_ports_of_their_range_and_never_share_one() -> None:

@@ -554,6 +554,7 @@ def test_stopping_lets_the_current_answer_out(host: GatedHost, serve: Serve, lin
     shipment = make_shipment({FIRST: 1})
     ticket = transport.send("a", shipment, soon())
     wait_until(lambda: server.is_busy, "the computation")
+    assert server.queue_depth == 1
     stopping = threading.Thread(target=server.stop, args=(PATIENCE_S,))
     stopping.start()
     stopping.join(0.1)

@@ -155,9 +155,9 @@ def test_the_load_window_counts_from_many_threads() -> None:
     segments = (Segment(layer=1, expert=0, num_rows=2), Segment(layer=1, expert=1, num_rows=1))
     with ThreadPoolExecutor(4) as pool:
         for _ in range(200):
-            pool.submit(window.record, segments, 0.25)
+            pool.submit(window.record, segments, 0.25, 0.5)
     snapshot = window.snapshot()
     assert dict(snapshot.rows) == {(1, 0): 400, (1, 1): 200}
-    assert (snapshot.num_shipments, snapshot.compute_s) == (200, 50.0)
+    assert (snapshot.num_shipments, snapshot.compute_s, snapshot.queue_s) == (200, 50.0, 100.0)
     window.record(segments, 1.0)
     assert snapshot.rows_total == 600

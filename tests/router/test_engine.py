@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from experts.errors import InvalidInput, RouterLost
+from experts.errors import ContextOverflow, InvalidInput, RouterLost
 from experts.placement import ExpertKey
 from router.engine.engine import Engine
 from router.engine.kv_cache import KVCache, KVLayout
@@ -148,6 +148,25 @@ def test_resumed_request_that_had_ended(engine: Engine) -> None:
         [],
         FinishEvent(request_id="a", reason=FinishReason.LENGTH),
     )
+
+
+def test_counts_and_durations_are_of_what_was_served(engine: Engine, runner: Counting) -> None:
+    for name in ("a", "b"):
+        ask(engine, name, [1, 2, 3]).rest()
+    with pytest.raises(InvalidInput):
+        ask(engine, "c", [100])
+    with pytest.raises(ContextOverflow):
+        ask(engine, "d", [1] * 100)
+    engine.stop()
+    stats, durations = engine.stats, engine.stats.durations
+    assert (stats.prompt_tokens, stats.output_tokens, stats.finished[FinishReason.LENGTH]) == (6, 10, 2)
+    assert dict(stats.rejected) == {"InvalidInput": 1, "ContextOverflow": 1}
+    assert sum(stats.batch.counts) == stats.steps
+    assert stats.batch.total == 10, "each step had one request"
+    counted = [sum(one.counts) for one in (durations.queue, durations.first_token, durations.between_tokens)]
+    assert (counted, sum(durations.whole.counts)) == ([2, 2, 8], 2)
+    assert durations.queue.total <= durations.first_token.total <= durations.whole.total
+    assert engine.longest_wait_s() == 0.0
 
 
 def test_bad_token_id_is_refused(engine: Engine) -> None:
