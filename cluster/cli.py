@@ -79,6 +79,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder with config.json and safetensors files")
     add = parser.add_argument_group("cluster").add_argument
     add("--hosts", metavar="N", help="expert hosts (1)")
+    add("--max-hosts", metavar="M", help="let the load add hosts, up to M, and drain them again, down to --hosts (off)")
     add("--replicas", metavar="R", help="hosts that hold each expert (1)")
     add(
         "--no-rebalance",
@@ -158,6 +159,7 @@ def _add_placing(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     options.add_plan(commands.add_parser("plan", help="plan where experts should be, and say why"), where)
     options.add_move(commands.add_parser("move", help="move an expert to another host"), where)
     options.add_drain(commands.add_parser("drain", help="empty a host and end it"), where)
+    options.add_scale(commands.add_parser("scale", help="add hosts to a running cluster, or drain some"), where)
     options.add_apply(commands.add_parser("apply", help="bring experts where a plan says"), where)
     options.add_rollback(commands.add_parser("rollback", help="undo the last plan, or all since an epoch"), where)
     options.add_trace(commands.add_parser("trace", help="record the load of experts"), where)

@@ -30,7 +30,8 @@ class ServeSettings:
     """What `herd serve` was asked for. Sizes in bytes, times in seconds, port 0 means any free one.
 
     `ingresses` listen on one port, so that clients are answered when one of them dies.
-    `hosts` and `replicas` count for transport "grpc"; with "local" every router holds all experts itself.
+    `hosts` and `replicas` count for transport "grpc"; with "local" every router holds all experts itself. With
+    `max_hosts` the load decides how many hosts there are, from `hosts` up to so many.
     `rebalance` lets the load of experts decide where they are and how often; `extra_slots` is room for so many more
     experts of each layer on every host.
     `host_bind` is the address that expert hosts listen on, `host_advertise` the one that routers are told: an address,
@@ -46,6 +47,7 @@ class ServeSettings:
 
     model_dir: Path
     hosts: int = 1
+    max_hosts: int | None = None
     replicas: int = 1
     rebalance: bool = True
     extra_slots: int = 0
@@ -85,6 +87,8 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         _between("hosts", self.hosts, 1, 4096)
+        if self.max_hosts is not None:
+            _between("max-hosts", self.max_hosts, self.hosts, 4096)
         _between("routers", self.routers, 1, 1024)
         _between("ingresses", self.ingresses, 1, 64)
         _between("replicas", self.replicas, 1, self.hosts)
@@ -125,7 +129,7 @@ class ServeSettings:
 
     def _check_ports(self) -> None:
         if self.host_ports is not None:
-            _at_least("host-ports", self.host_ports, self.hosts)
+            _at_least("host-ports", self.host_ports, self.max_hosts or self.hosts)
         if self.router_ports is not None:
             _at_least("router-ports", self.router_ports, self.routers)
         _, ports = self.advertised()
@@ -281,10 +285,8 @@ def _file(field: str, value: object) -> str:
 
 
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
-    **dict.fromkeys(
-        ("hosts", "replicas", "extra_slots", "routers", "ingresses", "port", "control_port", "max_model_len"),
-        _integer,
-    ),
+    **dict.fromkeys(("hosts", "max_hosts", "replicas", "extra_slots", "routers", "ingresses"), _integer),
+    **dict.fromkeys(("port", "control_port", "max_model_len"), _integer),
     **dict.fromkeys(("max_batch_tokens", "max_running", "max_waiting"), _integer),
     **dict.fromkeys(("host_ports", "router_ports", "metrics_ports"), parse_ports),
     "deterministic": _flag,

@@ -97,6 +97,8 @@ class RouterProcess:
             max_model_len=self.engine.max_model_len,
             kv_tokens=self.engine.kv_numbers().tokens,
             inner_host=self._inner_host(),
+            hosts=dict(self.experts.stats.hosts) if isinstance(self.experts, RemoteExperts) else {},
+            longest_wait_s=self.engine.longest_wait_s(),
         )
 
     def numbers(self) -> RouterNumbers:

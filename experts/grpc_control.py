@@ -288,6 +288,11 @@ def ask_host_drain(address: str, host: str, timeout_s: float = 5.0, tls: Identit
     return _place(address, pb.PlaceRequest(drain_host=host), timeout_s, tls)
 
 
+def ask_hosts(address: str, number: int, timeout_s: float = 5.0, tls: Identity | None = None) -> tuple[int, int]:
+    """Let there be so many hosts: some are added, or drained and ended."""
+    return _place(address, pb.PlaceRequest(num_hosts=number), timeout_s, tls)
+
+
 def ask_target(
     address: str, replicas: Replicas, timeout_s: float = 30.0, tls: Identity | None = None
 ) -> tuple[int, int]:

@@ -81,7 +81,8 @@ class MemberReport:
     `address` is a router's Submit listener, `http` an ingress's URL. `view_version` and `view_epoch` are
     those of the last view it has. `inner_host` is the host inside a router that computes experts itself.
     `max_model_len` is a router's limit on prompt and answer together, `kv_tokens` what all its requests can have in the
-    KV cache, both in tokens.
+    KV cache, both in tokens. `hosts` are the states of hosts as a router sees them; for `longest_wait_s` waits the
+    request that came first of those that have not begun, None where nobody knows.
     """
 
     kind: MemberKind
@@ -100,6 +101,8 @@ class MemberReport:
     problem: str = ""
     max_model_len: int = 0
     kv_tokens: int = 0
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    longest_wait_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,26 +6,24 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from cluster.control.loop import HISTORY, Applied, changes_of, imbalances
-from cluster.control.plan import Plan, difference
+from cluster.control.hosts import KEPT_S, ask_hosts, drain_hosts, kept_size
+from cluster.control.plan import Plan
+from cluster.control.remembered import remembered
 from cluster.control.replicas import Replicas
 from cluster.control.state import (
     Asked,
     ControllerState,
     Effect,
     HostDrainAsked,
-    LoadRead,
+    HostsAsked,
     MoveAsked,
     PlanAsked,
     RollbackAsked,
     TargetAsked,
 )
-from cluster.control.steer import aim, cooling, expert_bytes, fleet_of, preview, take_turn
+from cluster.control.steer import aim, fleet_of, preview
 from experts.errors import InvalidInput
 from experts.placement import ExpertKey
-
-KEPT_S = 600.0
-"""What a person asked for, the load leaves alone for so long."""
 
 
 def ask(state: ControllerState, event: Asked, now: float, effects: list[Effect]) -> ControllerState:
@@ -47,6 +45,8 @@ def ask(state: ControllerState, event: Asked, now: float, effects: list[Effect])
             return _apply(state, _moved(state, key, to), "a move that was asked for", now, effects)
         case HostDrainAsked(name=name):
             return _drain(state, name, now, effects)
+        case HostsAsked(number=number):
+            return ask_hosts(state, number, now, effects)
         case RollbackAsked(epoch=epoch):
             return _roll_back(state, epoch, now, effects)
 
@@ -60,44 +60,9 @@ def _apply(
     made: Plan | None = None,
     kept_s: float = KEPT_S,
 ) -> ControllerState:
-    state = _remembered(state, target, why, now, made)
+    state = remembered(state, target, why, now, made)
     journal = replace(state.journal, kept_until=max(state.journal.kept_until, now + kept_s))
     return aim(replace(state, journal=journal), target, now, effects)
-
-
-def _remembered(
-    state: ControllerState, target: Replicas, why: str, now: float, made: Plan | None = None, *, is_undone: bool = False
-) -> ControllerState:
-    before = state.journal.target
-    loads, _ = difference(before, target)
-    changes = changes_of(before, target)
-    applied = Applied(
-        at=now,
-        epoch=state.journal.epoch,
-        loads=len(loads),
-        moved_bytes=len(loads) * expert_bytes(state),
-        before=_balance(state, before, changes),
-        predicted=_balance(state, target, changes),
-        why=why,
-        changes=changes,
-        is_undone=is_undone,
-    )
-    history = (*state.journal.history, applied)[-HISTORY:]
-    state = replace(state, journal=replace(state.journal, history=history), plan=made or state.plan)
-    return replace(state, planning=cooling(state))
-
-
-def _balance(
-    state: ControllerState,
-    replicas: Replicas,
-    changes: tuple[tuple[ExpertKey, tuple[str, ...], tuple[str, ...]], ...],
-) -> float | None:
-    """Mean over slowest host of the worst layer that changes; None while nobody knows the load."""
-    load = state.planning.trusted
-    if load is None or load.rows.keys() != replicas.keys() or not changes:
-        return None
-    found = imbalances(load, fleet_of(state), replicas)
-    return 1.0 / max(found[layer] for layer in {key[0] for key, _, _ in changes})
 
 
 def _check_target(state: ControllerState, target: Mapping[ExpertKey, tuple[str, ...]]) -> None:
@@ -111,8 +76,10 @@ def _check_target(state: ControllerState, target: Mapping[ExpertKey, tuple[str, 
         where = f"expert {expert} of layer {layer} on {list(names)}"
         if len(set(names)) < len(names) or len(names) < least:
             raise InvalidInput("plan", where, f"must give every expert at least {least} hosts, each of them once")
-        if not set(names) <= set(fleet.staying):
-            raise InvalidInput("plan", where, f"must name hosts that are there and stay: {', '.join(fleet.staying)}")
+        if not set(names) <= {*fleet.able, *set(fleet.staying).intersection(goal[layer, expert])}:
+            raise InvalidInput(
+                "plan", where, f"must name hosts that are there, stay and are not sick: {', '.join(fleet.able)}"
+            )
     used = Counter(name for names in target.values() for name in names)
     for name, count in used.items():
         if count > fleet.hosts[name].slots:
@@ -124,8 +91,8 @@ def _moved(state: ControllerState, key: ExpertKey, to: str) -> Replicas:
     if key not in target:
         raise InvalidInput("expert", f"layer {key[0]}, expert {key[1]}", "must be one that the model has")
     _check_host(state, "to", to)
-    if to not in fleet.staying:
-        raise InvalidInput("to", to, "must be a host that is there and stays")
+    if to not in fleet.able:
+        raise InvalidInput("to", to, "must be a host that is there, stays, and can be used by all routers")
     names = target[key]
     if to in names:
         raise InvalidInput("to", to, "must not have the expert already")
@@ -138,16 +105,11 @@ def _moved(state: ControllerState, key: ExpertKey, to: str) -> Replicas:
 
 def _drain(state: ControllerState, name: str, now: float, effects: list[Effect]) -> ControllerState:
     _check_host(state, "host", name)
-    journal = state.journal
-    if name in journal.draining:
+    if name in state.journal.draining:
         return state
-    if not set(state.hosts) - journal.draining - journal.away - {name}:
+    if not set(state.hosts) - state.journal.draining - state.journal.away - {name}:
         raise InvalidInput("host", name, "must not be the last one")
-    # Others have what it had when it is away; it need not come back.
-    target = state.moving.goal if name in journal.away else journal.target
-    journal = replace(journal, draining=journal.draining | {name}, away=journal.away - {name}, target=target)
-    again = LoadRead(load=state.load, missing=state.load_missing)
-    return take_turn(replace(state, journal=journal), again, now, effects)
+    return drain_hosts(kept_size(state, now), [name], now, effects)
 
 
 def _roll_back(state: ControllerState, epoch: int | None, now: float, effects: list[Effect]) -> ControllerState:
@@ -168,7 +130,7 @@ def _roll_back(state: ControllerState, epoch: int | None, now: float, effects: l
     marked = tuple(replace(one, is_undone=one.is_undone or number in undone) for number, one in enumerate(history))
     state = replace(state, journal=replace(state.journal, history=marked, kept_until=now + KEPT_S))
     why = f"rolled back to before epoch {history[undone[0]].epoch + 1}"
-    return aim(_remembered(state, target, why, now, is_undone=True), target, now, effects)
+    return aim(remembered(state, target, why, now, is_undone=True), target, now, effects)
 
 
 def _check_host(state: ControllerState, field: str, name: str) -> None:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from cluster.control.asked import ask
+from cluster.control.hosts import follow_use, welcome, without_host
 from cluster.control.moves import to_hold
 from cluster.control.pack import spread
 from cluster.control.replicas import Replicas
@@ -19,6 +20,7 @@ from cluster.control.state import (
     ControllerState,
     DrainAsked,
     Effect,
+    EndHost,
     EnsureHost,
     Event,
     HostGone,
@@ -39,8 +41,9 @@ from cluster.control.state import (
 )
 from cluster.control.status import view_of
 from cluster.control.steer import advance, lose_hosts, resume_moves, started, take_turn, welcome_hosts, with_targets
+from cluster.control.trouble import WELL, Trouble
 from experts.placement import ClusterView, ExpertKey, Placement
-from experts.reports import HostOrder, HostReport, MemberReport, Peer
+from experts.reports import HostOrder, HostReport, MemberKind, MemberReport, Peer
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -62,8 +65,10 @@ def start(
     journal = replace(journal, term=journal.term + 1, moves=moving)
     patience = 0.0 if first_life else timing.lost_after
     needed = {name for names in (*moving.goal.values(), *to_hold(moving).values()) for name in names}
+    hosts = [*hosts, *journal.added]
     names = [name for name in hosts if name in needed or name not in journal.draining]
-    journal = replace(journal, away=journal.away & frozenset(names))
+    next_host = max(journal.next_host, len(hosts))
+    journal = replace(journal, away=journal.away & frozenset(names), next_host=next_host)
     nothing: frozenset[ExpertKey] = frozenset()
     host = HostState(target=nothing, duty=nothing, start_at=now + patience, heard_at=now)
     state = ControllerState(
@@ -100,6 +105,8 @@ def step(state: ControllerState, event: Event, now: float) -> tuple[ControllerSt
             state = _tick(state, now, effects)
         case LoadRead():
             state = take_turn(state, event, now, effects)
+            state = follow_use(state, event.load, now, effects)
+            state = welcome(state, now, effects)
         case _:
             state = ask(state, event, now, effects)
     state = _publish(state, written, now, effects)
@@ -118,7 +125,17 @@ def _host_reported(state: ControllerState, event: HostReported, now: float, effe
     serving = _serving(host, report)
     ordered = host.ordered if host.stream == event.stream else None
     first = host.report is None
-    host = replace(host, report=report, heard_at=now, stream=event.stream, ordered=ordered, lost=False, serving=serving)
+    same_life = host.report is not None and host.report.incarnation == report.incarnation
+    host = replace(
+        host,
+        report=report,
+        heard_at=now,
+        stream=event.stream,
+        ordered=ordered,
+        lost=False,
+        serving=serving,
+        trouble=host.trouble if same_life else Trouble(),
+    )
     state = _with_host(state, report.name, host)
     return advance(_look_after_hosts(_spread(state) if first else state, now, effects), now, effects)
 
@@ -165,11 +182,23 @@ def _member_reported(state: ControllerState, report: MemberReport, now: float) -
     members = dict(state.members)
     members[report.name] = MemberState(report=report, heard_at=now)
     state = replace(state, members=_frozen(members), had_members=True)
+    state = _hear_of_hosts(state, report, now)
     if report.view_version <= state.version:
         return state
     # It has a view from a life that left no journal here: go on above its numbers.
     epoch = max(state.journal.epoch, report.view_epoch + 1)
     return replace(state, version=report.view_version, journal=replace(state.journal, epoch=epoch), view=None)
+
+
+def _hear_of_hosts(state: ControllerState, report: MemberReport, now: float) -> ControllerState:
+    """A router says which hosts it can use; what the others said last counts with it."""
+    reports = [member.report for member in state.members.values() if member.report.kind is MemberKind.ROUTER]
+    for name, host in state.hosts.items():
+        if name not in report.hosts or (report.hosts[name] == WELL and host.trouble.since is None):
+            continue
+        trouble = host.trouble.hear((one.hosts[name] for one in reports if name in one.hosts), now)
+        state = _with_host(state, name, host if trouble == host.trouble else replace(host, trouble=trouble))
+    return state
 
 
 def _without_member(state: ControllerState, name: str) -> ControllerState:
@@ -205,12 +234,17 @@ def _look_after_hosts(state: ControllerState, now: float, effects: list[Effect])
         state = resume_moves(state, now)
     away = state.journal.away
     gone = {name for name, host in state.hosts.items() if name not in away and _stays_away(host, now, state)}
-    back = {name for name in away if (host := state.hosts[name]).report is not None and not host.lost}
+    back = {name for name in away if _is_there(state.hosts[name])}
     if back:
         state = welcome_hosts(state, back, now, effects)
     if gone and len((away | gone) - back) < len(state.hosts):
         state = lose_hosts(state, gone, now, effects)
     return state
+
+
+def _is_there(host: HostState) -> bool:
+    """One that has no address only tells why it could not begin."""
+    return host.report is not None and bool(host.report.address) and not host.lost
 
 
 def _stays_away(host: HostState, now: float, state: ControllerState) -> bool:
@@ -272,9 +306,14 @@ def _release(state: ControllerState, effects: list[Effect]) -> ControllerState:
         host = state.hosts[name]
         if host.target or any(name in names for names in goal.values()):
             continue
+        journal = state.journal
+        state = without_host(state, name)
+        if state.journal is not journal:
+            effects.append(WriteJournal(journal=state.journal))
         if host.stream is not None:
             effects.append(SendOrder(name=name, stream=host.stream, order=HostOrder(retire=True)))
-        state = replace(state, hosts=_frozen({key: one for key, one in state.hosts.items() if key != name}))
+        else:
+            effects.append(EndHost(name=name))
     return state
 
 

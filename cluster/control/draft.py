@@ -21,8 +21,8 @@ Replica = tuple[ExpertKey, str]
 
 @dataclass
 class Draft:
-    """`free[host]` is the number of slots left, `targets` are hosts that may be given experts. `kept` are replicas
-    that have to stay and `shunned` those that may not be made, while they cool down."""
+    """`free[host]` is the number of slots left, `targets` are hosts that may be given experts, `staying` those that may
+    keep them. `kept` are replicas that have to stay and `shunned` those that may not be made, while they cool down."""
 
     hosts: list[HostSpec]
     layers: dict[int, LayerBalance]
@@ -30,6 +30,7 @@ class Draft:
     """Of each layer, the experts' own numbers, in the order of the layer's `rows`."""
     free: list[int]
     targets: list[int]
+    staying: list[int]
     min_replicas: int
     kept: set[tuple[int, int, int]] = field(default_factory=set)
     shunned: set[tuple[int, int, int]] = field(default_factory=set)
@@ -46,6 +47,7 @@ class Draft:
         """`replicas` as they are, less hosts that are not in `fleet`. Experts may end up without any host."""
         hosts = list(fleet.hosts.values())
         number = {host.name: place for place, host in enumerate(hosts)}
+        able = frozenset(fleet.able)
         held: Counter[int] = Counter()
         by_layer: dict[int, list[int]] = {}
         for layer, expert in sorted(replicas):
@@ -63,7 +65,8 @@ class Draft:
             layers=layers,
             experts=by_layer,
             free=[host.slots - held[place] for place, host in enumerate(hosts)],
-            targets=[place for place, host in enumerate(hosts) if not host.draining],
+            targets=[place for place, host in enumerate(hosts) if host.name in able],
+            staying=[place for place, host in enumerate(hosts) if not host.draining],
             min_replicas=min(min_replicas, max(1, len(fleet.staying))),
         )
 

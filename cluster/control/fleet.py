@@ -17,7 +17,7 @@ class HostSpec:
     An expert costs it `touch_s` seconds in each dispatch that has rows of it (one read of its weights) and `row_s` for
     each row; `link_s` is what a row's way there and back takes longer than to the nearest host. `slots` are experts of
     all layers together. A slot on a device that a KV cache shares may have a price: the share of a layer's time that a
-    replica must save to be worth its room.
+    replica must save to be worth its room. A host that is `is_sick` keeps what it has, and gets nothing.
     """
 
     name: str
@@ -28,6 +28,7 @@ class HostSpec:
     node: str = ""
     slot_price: float = 0.0
     draining: bool = False
+    is_sick: bool = False
 
     def __post_init__(self) -> None:
         if self.slots < 0:
@@ -52,8 +53,13 @@ class Fleet:
 
     @property
     def staying(self) -> tuple[str, ...]:
-        """Hosts that may be given experts."""
+        """Hosts that may keep experts."""
         return tuple(name for name, host in self.hosts.items() if not host.draining)
+
+    @property
+    def able(self) -> tuple[str, ...]:
+        """Hosts that may be given experts."""
+        return tuple(name for name in self.staying if not self.hosts[name].is_sick)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from cluster.control.state import (
     Asked,
     ControllerState,
     HostDrainAsked,
+    HostsAsked,
     MoveAsked,
     PlanAsked,
     RollbackAsked,
@@ -91,6 +92,8 @@ def _asked(request: pb.PlaceRequest) -> Asked:
             return MoveAsked(key=(move.layer, move.expert), to=move.to)
         case "drain_host":
             return HostDrainAsked(name=request.drain_host)
+        case "num_hosts":
+            return HostsAsked(number=request.num_hosts)
         case "placement":
             try:
                 return TargetAsked(replicas=replicas_from_wire(request.placement))

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -26,9 +26,11 @@ from cluster.control.numbers import ControllerNumbers, planner_of, replicas_of
 from cluster.control.reading import Held, LoadSource, expected_of
 from cluster.control.state import (
     Alarmed,
+    AskRoom,
     ControllerState,
     DrainAsked,
     Effect,
+    EndHost,
     EnsureHost,
     Event,
     HostGone,
@@ -82,8 +84,16 @@ class Executor(Protocol):
         """Start the process of host `name` unless there is one."""
         ...
 
-    def leave(self) -> None:
-        """End all hosts, then this process, for good."""
+    def end_host(self, name: str) -> None:
+        """End the process of host `name` for good, if there is one, begun or not."""
+        ...
+
+    def ask_room(self, num_hosts: int) -> None:
+        """Have as many machines as so many hosts need, where machines can be added."""
+        ...
+
+    def leave(self, hosts: Iterable[str]) -> None:
+        """End all hosts, which are named, then this process, for good."""
         ...
 
 
@@ -155,6 +165,10 @@ class ControlServer:
         if core is None or loop is None:
             return ClusterStatus(name=self._name)
         return asyncio.run_coroutine_threadsafe(_call(core.status), loop).result(timeout=START_TIMEOUT_S)
+
+    def host_names(self) -> tuple[str, ...]:
+        """Of all hosts that there may be a process of."""
+        return self._hosts if self._core is None else self._core.host_names()
 
     def numbers(self) -> ControllerNumbers:
         """For the metrics page of this process."""
@@ -294,11 +308,15 @@ class _Core(ControlServiceServicer):
                         self._hosts[stream].put(order_to_wire(order))
                 case EnsureHost(name=name):
                     self._work(f"starting host {name}", self._executor.ensure_host, name)
+                case EndHost(name=name):
+                    self._work(f"ending host {name}", self._executor.end_host, name)
+                case AskRoom(num_hosts=number):
+                    self._work("asking for machines", self._executor.ask_room, number)
                 case Alarmed(text=text):
                     log.warning("placement: %s", text)
                 case Leave(reason=reason):
                     log.warning("leaving: %s", reason)
-                    self._work("leaving", self._executor.leave)
+                    self._leave()
 
     async def AttendHost(self, requests: AsyncIterator[pb.HostReport], context: Any) -> AsyncIterator[pb.HostOrder]:
         stream, outbox = next(self._streams), _Latest[pb.HostOrder]()
@@ -365,8 +383,15 @@ class _Core(ControlServiceServicer):
         return self._commands.rows()
 
     async def Shutdown(self, request: pb.ShutdownRequest, context: Any) -> pb.ShutdownResponse:
-        self._work("leaving", self._executor.leave)
+        self._leave()
         return pb.ShutdownResponse()
+
+    def _leave(self) -> None:
+        self._work("leaving", self._executor.leave, self.host_names())
+
+    def host_names(self) -> tuple[str, ...]:
+        """Of all hosts that there may be a process of."""
+        return tuple(self._state.hosts)
 
     def _feed(self, event: Event) -> None:
         self._state, effects = step(self._state, event, self._clock())
@@ -380,7 +405,7 @@ class _Core(ControlServiceServicer):
             # Serving matters more than the journal: without it a next life starts from what members report.
             self._problems["journal"] = f"the journal cannot be written: {error.strerror}"
 
-    def _work(self, what: str, function: Callable[..., None], *args: str) -> None:
+    def _work(self, what: str, function: Callable[..., None], *args: object) -> None:
         def done(future: Future[None]) -> None:
             error = None if future.cancelled() else future.exception()
             if error is not None:

@@ -14,7 +14,7 @@ from cluster.control.move_journal import decode_history, decode_moves, encode_hi
 from cluster.control.replicas import decode_replicas, encode_replicas
 from cluster.control.state import Journal
 
-FORMAT = 2
+FORMAT = 3
 
 
 class JournalFile:
@@ -60,6 +60,9 @@ def encode(journal: Journal) -> dict[str, Any]:
         "port": journal.port,
         "away": sorted(journal.away),
         "draining": sorted(journal.draining),
+        "added": list(journal.added),
+        "next_host": journal.next_host,
+        "sized_until": journal.sized_until,
         "kept_until": journal.kept_until,
         "moves": None if journal.moves is None else encode_moves(journal.moves),
         "history": encode_history(journal.history),
@@ -82,6 +85,9 @@ def decode(raw: Any) -> Journal:
         port=port,
         away=frozenset(str(name) for name in raw["away"]),
         draining=frozenset(str(name) for name in raw["draining"]),
+        added=tuple(str(name) for name in raw["added"]),
+        next_host=int(raw["next_host"]),
+        sized_until=float(raw["sized_until"]),
         kept_until=float(raw["kept_until"]),
         moves=None if raw["moves"] is None else decode_moves(raw["moves"]),
         history=decode_history(raw["history"]),

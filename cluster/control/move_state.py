@@ -18,8 +18,12 @@ class Limits:
     """`staging` slots of each host beyond those that are planned with let a full host load before it evicts.
 
     Loads are started so that all together take `bytes_per_s`, `loads_at_once` of them at a time, one on each host and
-    one from each host. A load that takes longer than `patience` times as long as it should, and `base_s`, is given up.
+    one from each host. Of experts with less than `min_replicas` every host that shall have one loads one at a time, and
+    nothing else does meanwhile. A load that takes longer than `patience` times as long as it should, and `base_s`, is
+    given up.
     """
+
+    min_replicas: int = 1
 
     staging: int = 1
     loads_at_once: int = 4

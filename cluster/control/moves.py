@@ -214,7 +214,7 @@ def _others_serve(key: ExpertKey, name: str, names: Sequence[str], down: Set[Rep
 
 def _in_the_way(state: MoveState, fleet: Fleet, limits: Limits, down: Set[Replica]) -> list[Replica]:
     """Of each host without room for its next load, one replica that shall go and that others serve meanwhile."""
-    missing = _missing(state)
+    missing = _missing(state, limits)
     if not missing:
         return []
     used = _used(state)
@@ -240,27 +240,37 @@ def _evict(state: MoveState, now: float, effects: list[MoveEffect]) -> MoveState
 def _load(
     state: MoveState, fleet: Fleet, limits: Limits, now: float, down: Set[Replica], effects: list[MoveEffect]
 ) -> MoveState:
-    missing = _missing(state)
+    missing = _missing(state, limits)
     if not missing:
         return state
     used = _used(state)
-    busy = {name for _, name in state.loading} | {loading.source for loading in state.loading.values()}
+    loaders = {name for _, name in state.loading}
+    senders = {loading.source for loading in state.loading.values()} - {""}
     loading = dict(state.loading)
     next_at = max(state.next_load_at, now)
     stuck = not state.loading and not state.draining
     for replica in missing:
         key, name = replica
-        if len(loading) >= limits.loads_at_once or next_at > now:
+        is_short = _is_short(state, key, limits)
+        if not is_short and (
+            any(_is_short(state, other, limits) for other, _ in loading)
+            or len(loading) >= limits.loads_at_once
+            or next_at > now
+        ):
             stuck = False
             break
         host = fleet.hosts.get(name)
-        if host is None or name in busy or used[name] >= host.slots + limits.staging:
+        busy = loaders if is_short else loaders | senders
+        if host is None or host.is_sick or name in busy or used[name] >= host.slots + limits.staging:
             continue
-        source = _source(state, key, busy | {host for what, host in down if what == key}, fleet)
+        # Who is mended by a replica may send another one meanwhile.
+        silent = (senders if is_short else busy) | {host for what, host in down if what == key} | {name}
+        source = _source(state, key, silent, fleet)
         loading[replica] = Loading(source=source, begun=now, deadline=now + limits.deadline_s(fleet.expert_bytes))
         effects.append(LoadReplica(replica=replica, source=source))
         used[name] += 1
-        busy |= {name, source} - {""}
+        loaders.add(name)
+        senders |= {source} - {""}
         next_at += fleet.expert_bytes / limits.bytes_per_s
         stuck = False
     if stuck:
@@ -272,8 +282,14 @@ def _load(
     return replace(state, loading=MappingProxyType(loading), next_load_at=next_at)
 
 
-def _missing(state: MoveState) -> list[Replica]:
-    """Experts that nobody serves come first. One that drains is loaded again only when it is gone."""
+def _is_short(state: MoveState, key: ExpertKey, limits: Limits) -> bool:
+    """Whether an expert has fewer replicas than it must have, where there are hosts enough for them."""
+    return len(state.published[key]) < min(limits.min_replicas, len(state.goal[key]))
+
+
+def _missing(state: MoveState, limits: Limits) -> list[Replica]:
+    """Experts that nobody serves come first, then those with too few replicas. One that drains is loaded again only
+    when it is gone."""
     missing = [
         (key, name)
         for key, names in state.goal.items()
@@ -281,12 +297,13 @@ def _missing(state: MoveState) -> list[Replica]:
         for name in names
         if name not in state.published[key] and (key, name) not in state.loading and (key, name) not in state.draining
     ]
-    return sorted(missing, key=lambda replica: bool(state.published[replica[0]]))
+    return sorted(missing, key=lambda one: (bool(state.published[one[0]]), not _is_short(state, one[0], limits)))
 
 
 def _source(state: MoveState, key: ExpertKey, busy: set[str], fleet: Fleet) -> str:
     """A host that has it and sends to nobody else; the disk where there is none."""
-    return next((name for name in state.published[key] if name not in busy and name in fleet.hosts), "")
+    able = (name for name in state.published[key] if name not in busy and name in fleet.hosts)
+    return next((name for name in able if not fleet.hosts[name].is_sick), "")
 
 
 def _used(state: MoveState) -> Counter[str]:

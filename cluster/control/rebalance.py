@@ -121,6 +121,9 @@ def _pack_anew(
     prices: Prices,
 ) -> bool:
     """Pack `layers` from nothing into the room that they have, if that is better by more than its loads cost."""
+    if draft.staying != draft.targets:
+        # A sick host keeps what it has.
+        return False
     room = list(draft.free)
     for layer in layers:
         for host, experts in enumerate(draft.layers[layer].experts_on):

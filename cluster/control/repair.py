@@ -9,13 +9,13 @@ def repair(draft: Draft) -> tuple[str, ...]:
     """Mend `draft` with as few changes as may be; returns what could not be mended, in words."""
     _make_room(draft)
     problems = []
-    targets = set(draft.targets)
+    staying = set(draft.staying)
     for layer, balance in draft.layers.items():
         for expert in range(len(balance.rows)):
             homes = balance.shares[expert]
-            if len(homes) >= draft.min_replicas and targets.issuperset(homes):
+            if len(homes) >= draft.min_replicas and staying.issuperset(homes):
                 continue
-            good = [host for host in homes if host in targets]
+            good = [host for host in homes if host in staying]
             while len(good) < draft.min_replicas:
                 host = _heir(draft, layer, good)
                 if host is None:

@@ -14,6 +14,8 @@ from cluster.control.loop import Applied, Planned
 from cluster.control.move_state import Limits, MoveState
 from cluster.control.plan import Outcome, Plan, PlanState, Policy
 from cluster.control.replicas import Replicas
+from cluster.control.scale import ScaleState, Scaling
+from cluster.control.trouble import Trouble
 from experts.placement import ClusterView, ExpertKey, Placement
 from experts.reports import HostOrder, HostReport, MemberReport
 
@@ -46,7 +48,8 @@ class Timing:
 class Steering:
     """How experts are placed: whether the load is acted upon, and what hosts have room for.
 
-    Each host has room for its share of `num_replicas` of every expert, and `extra_slots` in every layer.
+    Each host has room for its share of `num_replicas` of every expert, and `extra_slots` in every layer. Without
+    `scaling` only persons add and drain hosts.
     """
 
     rebalances: bool = False
@@ -54,6 +57,7 @@ class Steering:
     extra_slots: int = 0
     policy: Policy = field(default_factory=Policy)
     limits: Limits = field(default_factory=Limits)
+    scaling: Scaling | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,9 @@ class Journal:
     """What outlives the controller. `replicas` is the placement published under `epoch`, `target` what shall be once
     every host is there, and `moves` the way there; None before the first life.
 
-    `away` are hosts whose experts others hold meanwhile, `draining` those that are emptied for good, or were.
+    `away` are hosts whose experts others hold meanwhile, `draining` those that are emptied for good, or were. `added`
+    are hosts beyond those that the cluster began with; until they first report, they are away. Names from number
+    `next_host` on were never used. Until `sized_until` the load neither adds nor drains hosts, since a person has.
     `history` are the plans that were applied, the last one last. Until `kept_until` the load moves nothing, since a
     person has. `digest` names the settings that `target` was made from; `port` is that of the control listener.
     """
@@ -74,6 +80,9 @@ class Journal:
     port: int = 0
     away: frozenset[str] = frozenset()
     draining: frozenset[str] = frozenset()
+    added: tuple[str, ...] = ()
+    next_host: int = 0
+    sized_until: float = 0.0
     moves: MoveState | None = None
     history: tuple[Applied, ...] = ()
     kept_until: float = 0.0
@@ -97,6 +106,7 @@ class HostState:
     ordered: HostOrder | None = None
     lost: bool = False
     serving: frozenset[ExpertKey] = frozenset()
+    trouble: Trouble = field(default_factory=Trouble)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +124,7 @@ class ControllerState:
 
     `hold_until`: after a restart nothing is published or moved before this, or before every host has reported,
     because a view made from half of the reports would take serving replicas away. `is_resumed`: that is over.
+    `sizing` is how long hosts have been too busy or too idle; `welcomed` are added hosts that were given their share.
     `plan` is the last one made, `load` what was read last, `load_missing` why nothing was;
     `alarms` are the last ones, with their times. Numbers are of this life; `decisions` counts plans by what came of
     them, `move_s` is how long loads took that ended well, from order to serving.
@@ -139,6 +150,8 @@ class ControllerState:
     plan: Plan | None = None
     load: Load | None = None
     load_missing: str = ""
+    sizing: ScaleState = field(default_factory=ScaleState)
+    welcomed: frozenset[str] = frozenset()
     num_orders: int = 0
     num_loaded: int = 0
     num_given_up: int = 0
@@ -239,7 +252,14 @@ class RollbackAsked:
     epoch: int | None = None
 
 
-Asked = PlanAsked | TargetAsked | MoveAsked | HostDrainAsked | RollbackAsked
+@dataclass(frozen=True, kw_only=True)
+class HostsAsked:
+    """A person wants so many hosts."""
+
+    number: int
+
+
+Asked = PlanAsked | TargetAsked | MoveAsked | HostDrainAsked | RollbackAsked | HostsAsked
 """These raise InvalidInput when they cannot be done, and then change nothing."""
 
 Event = HostReported | HostGone | MemberReported | MemberLeft | DrainAsked | Tick | LoadRead | Asked
@@ -269,6 +289,20 @@ class EnsureHost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EndHost:
+    """Host `name` is not waited for any more: let its process not start, or end."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskRoom:
+    """So many hosts are wanted: have machines added or released, where somebody can."""
+
+    num_hosts: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class WriteJournal:
     """Make `journal` durable before any later effect."""
 
@@ -289,4 +323,4 @@ class Alarmed:
     text: str
 
 
-Effect = PublishView | SendOrder | EnsureHost | WriteJournal | Leave | Alarmed
+Effect = PublishView | SendOrder | EnsureHost | EndHost | AskRoom | WriteJournal | Leave | Alarmed

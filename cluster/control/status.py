@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from cluster.control.loop import imbalances
 from cluster.control.state import ControllerState, HostState
-from cluster.control.steer import doubt_of, expert_bytes, fleet_of
+from cluster.control.steer import doubt_of, expert_bytes, fleet_of, is_sick
 from experts.placement import ClusterView, HostInfo, IngressInfo, RouterInfo
 from experts.reports import ClusterStatus, ControllerInfo, HostReport, MemberKind, MemberReport, PlacementStatus
 
@@ -159,6 +159,8 @@ def _problems(state: ControllerState) -> Iterator[str]:
         if host.lost:
             others = "; other hosts hold its experts meanwhile" if name in state.journal.away else ""
             yield f"host {name} is lost: no report for over {state.timing.lost_after:.0f} s{others}"
+        elif is_sick(host, state):
+            yield f"host {name} is there, but routers cannot use it: it is given no experts"
         if host.report is not None and host.report.problem:
             yield f"host {name}: {host.report.problem}"
     for name, member in sorted(state.members.items()):

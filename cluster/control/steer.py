@@ -158,9 +158,12 @@ def fleet_of(state: ControllerState) -> Fleet:
     journal, steering, goal = state.journal, state.steering, state.moving.goal
     present = [name for name in state.hosts if name not in journal.away]
     staying = [name for name in present if name not in journal.draining]
-    share = math.ceil(len(goal) * min(steering.num_replicas, max(1, len(staying))) / max(1, len(staying)))
-    room = share + steering.extra_slots * len({layer for layer, _ in goal})
     given = Counter(name for names in goal.values() for name in names)
+    # Sick hosts keep what they have, and may never take their share.
+    sick = {name for name in staying if is_sick(state.hosts[name], state)}
+    needed = len(goal) * min(steering.num_replicas, max(1, len(staying))) - sum(given[name] for name in sick)
+    share = math.ceil(max(0, needed) / max(1, len(staying) - len(sick)))
+    room = share + steering.extra_slots * len({layer for layer, _ in goal})
     costs = _costs(state, present)
     return Fleet.of(
         [
@@ -171,11 +174,17 @@ def fleet_of(state: ControllerState) -> Fleet:
                 touch_s=costs[name][1],
                 node=_node(state.hosts[name]),
                 draining=name in journal.draining,
+                is_sick=name in sick,
             )
             for name in present
         ],
         expert_bytes(state),
     )
+
+
+def is_sick(host: HostState, state: ControllerState) -> bool:
+    """Whether routers cannot use it."""
+    return host.trouble.is_sick(state.ticked_at)
 
 
 def down(state: ControllerState) -> frozenset[Replica]:
@@ -290,7 +299,10 @@ def _serves(state: ControllerState, replica: Replica) -> ControllerState:
 def _reachable(state: ControllerState) -> Replicas:
     """The target, with the experts of hosts that are away given to those that stay."""
     journal = state.journal
-    heirs = [name for name in state.hosts if name not in journal.draining]
+    staying = [name for name in state.hosts if name not in journal.draining]
+    heirs = [name for name in staying if not is_sick(state.hosts[name], state)]
+    # Without any other, a sick one is better than none.
+    heirs = heirs if set(heirs) - journal.away else staying
     return MappingProxyType(dict(rehome(journal.target, journal.away, heirs)))
 
 

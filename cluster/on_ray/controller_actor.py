@@ -57,7 +57,7 @@ class ControllerActor:
 
     def leave(self) -> None:
         """End the hosts and this actor, for good."""
-        self._executor.leave()
+        self._executor.leave(self._process.server.host_names() if self._process is not None else ())
 
     def _begin(self) -> None:
         node = node_address(self._settings)

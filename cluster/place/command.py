@@ -19,6 +19,7 @@ from cluster.show import Found, find_controller, table
 from experts.errors import ControllerUnreachable, InvalidInput
 from experts.grpc_control import (
     ask_host_drain,
+    ask_hosts,
     ask_move,
     ask_plan,
     ask_rollback,
@@ -33,6 +34,7 @@ from experts.reports import AppliedPlan, ClusterStatus
 WAIT_S = 600.0
 POLL_S = 0.3
 MAX_PLAN_BYTES = 64 << 20
+MAX_HOSTS = 4096
 
 
 def run_move(options: argparse.Namespace) -> int:
@@ -45,6 +47,24 @@ def run_move(options: argparse.Namespace) -> int:
 
 def run_drain(options: argparse.Namespace) -> int:
     return _ask(options, lambda found: ask_host_drain(found.address, options.host, tls=found.tls))
+
+
+def run_scale(options: argparse.Namespace) -> int:
+    number = options.hosts
+    if not 1 <= number <= MAX_HOSTS:
+        raise InvalidInput("hosts", number, f"must be between 1 and {MAX_HOSTS}")
+    found = _find(options)
+    _, epoch = ask_hosts(found.address, number, tls=found.tls)
+    here = sum(host.transport == "grpc" for host in found.status.hosts)
+    print(f"herd: {number} hosts from now on, of {here}; the placement is that of epoch {epoch} now", flush=True)
+    return (
+        0 if options.no_wait else _wait(found, lambda status: _serving(status) >= min(number, status.replicas_wanted))
+    )
+
+
+def _serving(status: ClusterStatus) -> int:
+    """Hosts that have experts, and all that they shall have."""
+    return sum(host.state == "ready" and host.slots > 0 for host in status.hosts)
 
 
 def run_apply(options: argparse.Namespace) -> int:
@@ -144,7 +164,7 @@ def _ask(options: argparse.Namespace, call: Callable[[Found], tuple[int, int]]) 
     return _wait(found)
 
 
-def _wait(found: Found) -> int:
+def _wait(found: Found, is_done: Callable[[ClusterStatus], bool] = lambda status: True) -> int:
     """Until everything is where it shall be; 1 when something was given up on the way."""
     end = time.monotonic() + WAIT_S
     status = found.status
@@ -154,7 +174,7 @@ def _wait(found: Found) -> int:
         if placing.given_up_total > found.status.placement.given_up_total:
             print(f"herd: given up: {'; '.join(status.problems) or 'see the log of the controller'}")
             return 1
-        if not placing.is_moving and status is not found.status:
+        if not placing.is_moving and status is not found.status and is_done(status):
             print(f"herd: done; the placement is that of epoch {status.controller.epoch}")
             return 0
         time.sleep(POLL_S)

@@ -22,6 +22,13 @@ def add_drain(parser: argparse.ArgumentParser, add_where: Callable[[argparse.Arg
     add_where(parser)
 
 
+def add_scale(parser: argparse.ArgumentParser, add_where: Callable[[argparse.ArgumentParser], None]) -> None:
+    parser.set_defaults(run=_runner("scale"))
+    parser.add_argument("--hosts", metavar="N", type=int, required=True, help="how many there shall be")
+    _add_wait(parser)
+    add_where(parser)
+
+
 def add_apply(parser: argparse.ArgumentParser, add_where: Callable[[argparse.ArgumentParser], None]) -> None:
     parser.set_defaults(run=_runner("apply"))
     parser.add_argument("plan", metavar="PLAN.json", help="what herd plan --json printed; its target counts")

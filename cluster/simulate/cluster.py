@@ -8,11 +8,13 @@ from dataclasses import replace
 from functools import partial
 
 from cluster.control.fleet import Load
+from cluster.control.move_state import Limits
 from cluster.control.pack import pack
 from cluster.control.plan import Policy
 from cluster.control.state import Asked as ByPersons
 from cluster.control.state import (
     HostDrainAsked,
+    HostsAsked,
     Journal,
     MoveAsked,
     PlanAsked,
@@ -69,6 +71,7 @@ class SimulatedCluster:
             num_replicas=drawn.num_replicas,
             extra_slots=drawn.extra_slots,
             policy=Policy(min_replicas=drawn.num_replicas),
+            limits=Limits(min_replicas=drawn.num_replicas),
         )
         self._disk = Disk(Journal(digest="simulated", target=target))
 
@@ -109,6 +112,7 @@ class SimulatedCluster:
             Timing(rehome=self.drawn.rehome_s),
             self._steering,
             self._ensure_host,
+            self._end_host,
             self.invariants.publishes,
         )
 
@@ -119,6 +123,11 @@ class SimulatedCluster:
                 self._start_host(name)
 
         self.world.after(ENSURE_S, start)
+
+    def _end_host(self, name: str) -> None:
+        process = self.processes.get(name)
+        if process is not None:
+            process.kill()
 
     def _start_host(self, name: str) -> None:
         process = self.processes.get(name)
@@ -131,7 +140,7 @@ class SimulatedCluster:
             address=name if self.drawn.same_address else f"{name}#{process.life}",
             incarnation=process.life,
             load_s=self.drawn.load_s,
-            health=self._health[name],
+            health=self._health.setdefault(name, Health()),
             peer=self._slots_of,
         )
 
@@ -166,10 +175,16 @@ class SimulatedCluster:
     def _was_drained(self, name: str) -> bool:
         """Who is told to leave is not started again."""
         journal = self._disk.read()
+        if name not in self._host_names():
+            return True
         left = journal.moves is not None and any(
             name in names for names in (*journal.moves.goal.values(), *journal.moves.published.values())
         )
         return name in journal.draining and not left
+
+    def _host_names(self) -> tuple[str, ...]:
+        """Those of the start, and those that were added and have not left."""
+        return (*self.drawn.hosts, *self._disk.read().added)
 
     # Persons
 
@@ -187,14 +202,16 @@ class SimulatedCluster:
         keys = sorted(state.moving.goal)
         match wished.wish:
             case Wish.MOVE:
-                return MoveAsked(key=rng.choice(keys), to=rng.choice(self.drawn.hosts))
+                return MoveAsked(key=rng.choice(keys), to=rng.choice(self._host_names()))
             case Wish.PLAN:
                 rows = {key: 1000.0 * rng.paretovariate(1.0) for key in keys}
                 return PlanAsked(load=Load(at=self.world.now, rows=rows))
             case Wish.ROLLBACK:
                 return RollbackAsked(epoch=rng.choice((None, None, rng.randint(0, 9))))
             case Wish.DRAIN:
-                return HostDrainAsked(name=rng.choice(self.drawn.hosts))
+                return HostDrainAsked(name=rng.choice(self._host_names()))
+            case Wish.HOSTS:
+                return HostsAsked(number=rng.randint(1, 6))
 
     # Clients
 
@@ -287,14 +304,14 @@ class SimulatedCluster:
         self.lift(Kind.STORM, "everything")
         for name in self.processes:
             self.lift(Kind.STOP, name)
-        for name in self.drawn.hosts:
+        for name in self._health:
             self.lift(Kind.SLOW, name)
             self.lift(Kind.SICK, name)
         for source, target in sorted(self.network.blocked):
             self.network.mend(source, target)
         hosts, routers = self._core(rng)
-        if any(wished.wish is Wish.DRAIN for wished in self.drawn.wishes):
-            # Nobody knows yet who gets what the drained host had.
+        if any(wished.wish in (Wish.DRAIN, Wish.HOSTS) for wished in self.drawn.wishes):
+            # Nobody knows yet who gets what a drained host had, or what one gets that was added.
             return hosts, routers
         for name in (*self.drawn.hosts, *self.drawn.routers):
             if name not in hosts and name not in routers and rng.random() < 0.7:
@@ -307,7 +324,7 @@ class SimulatedCluster:
         moves = journal.moves
         assert moves is not None
         placements = (journal.target, moves.goal, moves.published)
-        hosts = list(self.drawn.hosts)
+        hosts = list(self._host_names())
         for name in rng.sample(hosts, len(hosts)):
             rest = set(hosts) - {name}
             if all(rest & set(names) for placement in placements for names in placement.values()):
@@ -315,7 +332,7 @@ class SimulatedCluster:
         return hosts, [rng.choice(self.drawn.routers)]
 
     def _lose(self, rng: random.Random, name: str) -> None:
-        is_host = name in self.drawn.hosts
+        is_host = name in self._host_names()
         illnesses = (Kind.KILL, Kind.STOP, Kind.SLOW, Kind.SICK, Kind.CUT) if is_host else (Kind.KILL, Kind.STOP)
         illness = rng.choice(illnesses)
         self.world.note("fault", f"{illness} {name} for good")

@@ -16,6 +16,7 @@ from cluster.control.state import (
     Asked,
     ControllerState,
     Effect,
+    EndHost,
     EnsureHost,
     Event,
     HostGone,
@@ -148,11 +149,13 @@ class Controller:
         timing: Timing,
         steering: Steering,
         ensure_host: Callable[[str], None],
+        end_host: Callable[[str], None],
         on_publish: Callable[[ControllerState, ClusterView], None],
     ) -> None:
         self._process = process
         self._disk = disk
         self._ensure_host = ensure_host
+        self._end_host = end_host
         self._on_publish = on_publish
         self._num_streams = 0
         self._streams: dict[int, End] = {}
@@ -200,6 +203,9 @@ class Controller:
                 case EnsureHost(name=name):
                     self._process.note(f"starts {name}")
                     self._ensure_host(name)
+                case EndHost(name=name):
+                    self._process.note(f"ends {name}")
+                    self._end_host(name)
 
     def _publish(self, view: ClusterView) -> None:
         self._process.note(f"view {view.version}, epoch {view.placement.epoch}")

@@ -49,12 +49,13 @@ class Fault:
 
 class Wish(StrEnum):
     """What a person asks of the controller: to move an expert, to apply a plan made from some load, to undo the last
-    plan, to empty a host and end it."""
+    plan, to empty a host and end it, to have more hosts or fewer."""
 
     MOVE = "move"
     PLAN = "plan"
     ROLLBACK = "rollback"
     DRAIN = "drain"
+    HOSTS = "hosts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,8 @@ def _wishes(seed: int) -> tuple[Wished, ...]:
     wishes = [(rng.uniform(BEGIN_S, FAULTS_END_S), rng.choice(kinds)) for _ in range(number)]
     if number and rng.random() < 0.3:
         wishes.append((rng.uniform(BEGIN_S, FAULTS_END_S - 4.0), Wish.DRAIN))
+    if number and rng.random() < 0.4:
+        wishes += [(rng.uniform(BEGIN_S, FAULTS_END_S - 4.0), Wish.HOSTS) for _ in range(rng.randint(1, 3))]
     return tuple(
         Wished(at=at, wish=wish, seed=f"wish {seed} {index}") for index, (at, wish) in enumerate(sorted(wishes))
     )

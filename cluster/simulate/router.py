@@ -115,6 +115,8 @@ class SimulatedRouter:
             view_version=view.version,
             view_epoch=view.placement.epoch,
             max_model_len=MAX_MODEL_LEN,
+            hosts=dict(self.experts.stats.hosts),
+            longest_wait_s=self.engine.longest_wait_s(),
         )
 
     def _use(self, view: ClusterView) -> None:

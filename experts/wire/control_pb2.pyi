@@ -114,7 +114,14 @@ class Peer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
 
 class MemberReport(_message.Message):
-    __slots__ = ("kind", "name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "http", "view_version", "view_epoch", "inner_host", "problem", "max_model_len", "kv_tokens")
+    __slots__ = ("kind", "name", "address", "node", "pid", "state", "running", "waiting", "metrics_address", "http", "view_version", "view_epoch", "inner_host", "problem", "max_model_len", "kv_tokens", "hosts", "longest_wait_s")
+    class HostsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     KIND_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +138,8 @@ class MemberReport(_message.Message):
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     kind: MemberKind
     name: str
     address: str
@@ -147,7 +156,9 @@ class MemberReport(_message.Message):
     problem: str
     max_model_len: int
     kv_tokens: int
-    def __init__(self, kind: _Optional[_Union[MemberKind, str]] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., metrics_address: _Optional[str] = ..., http: _Optional[str] = ..., view_version: _Optional[int] = ..., view_epoch: _Optional[int] = ..., inner_host: _Optional[_Union[HostReport, _Mapping]] = ..., problem: _Optional[str] = ..., max_model_len: _Optional[int] = ..., kv_tokens: _Optional[int] = ...) -> None: ...
+    hosts: _containers.ScalarMap[str, str]
+    longest_wait_s: float
+    def __init__(self, kind: _Optional[_Union[MemberKind, str]] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., metrics_address: _Optional[str] = ..., http: _Optional[str] = ..., view_version: _Optional[int] = ..., view_epoch: _Optional[int] = ..., inner_host: _Optional[_Union[HostReport, _Mapping]] = ..., problem: _Optional[str] = ..., max_model_len: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., hosts: _Optional[_Mapping[str, str]] = ..., longest_wait_s: _Optional[float] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("layer", "expert", "hosts")
@@ -386,7 +397,7 @@ class PlanResponse(_message.Message):
     def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., text: _Optional[str] = ..., json: _Optional[str] = ...) -> None: ...
 
 class PlaceRequest(_message.Message):
-    __slots__ = ("move", "drain_host", "placement", "rollback")
+    __slots__ = ("move", "drain_host", "placement", "rollback", "num_hosts")
     class Move(_message.Message):
         __slots__ = ("layer", "expert", "to")
         LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -405,11 +416,13 @@ class PlaceRequest(_message.Message):
     DRAIN_HOST_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     ROLLBACK_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOSTS_FIELD_NUMBER: _ClassVar[int]
     move: PlaceRequest.Move
     drain_host: str
     placement: Placement
     rollback: PlaceRequest.Rollback
-    def __init__(self, move: _Optional[_Union[PlaceRequest.Move, _Mapping]] = ..., drain_host: _Optional[str] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., rollback: _Optional[_Union[PlaceRequest.Rollback, _Mapping]] = ...) -> None: ...
+    num_hosts: int
+    def __init__(self, move: _Optional[_Union[PlaceRequest.Move, _Mapping]] = ..., drain_host: _Optional[str] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., rollback: _Optional[_Union[PlaceRequest.Rollback, _Mapping]] = ..., num_hosts: _Optional[int] = ...) -> None: ...
 
 class PlaceResponse(_message.Message):
     __slots__ = ("refusal", "loads", "epoch")

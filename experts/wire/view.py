@@ -172,6 +172,8 @@ def member_report_to_wire(report: MemberReport) -> pb.MemberReport:
         kv_tokens=report.kv_tokens,
         inner_host=None if report.inner_host is None else host_report_to_wire(report.inner_host),
         problem=report.problem,
+        hosts=report.hosts,
+        longest_wait_s=report.longest_wait_s,
     )
 
 
@@ -197,6 +199,8 @@ def member_report_from_wire(message: pb.MemberReport) -> MemberReport:
         kv_tokens=message.kv_tokens,
         inner_host=host_report_from_wire(message.inner_host) if message.HasField("inner_host") else None,
         problem=message.problem,
+        hosts=MappingProxyType(dict(message.hosts)),
+        longest_wait_s=message.longest_wait_s if message.HasField("longest_wait_s") else None,
     )
 
 

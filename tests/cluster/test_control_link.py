@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,7 +48,13 @@ class FakeExecutor:
         if self.trouble:
             raise RuntimeError(self.trouble)
 
-    def leave(self) -> None:
+    def end_host(self, name: str) -> None:
+        self.asked.append(f"end {name}")
+
+    def ask_room(self, num_hosts: int) -> None:
+        self.asked.append(f"room for {num_hosts}")
+
+    def leave(self, hosts: Iterable[str]) -> None:
         self.left.set()
 
 

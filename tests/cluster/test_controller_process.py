@@ -1,5 +1,6 @@
 """The controller's process: its files, its port over its lives, and what other settings make of its journal."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,11 @@ class NoExecutor:
 
     def ensure_host(self, name: str) -> None: ...
 
-    def leave(self) -> None: ...
+    def end_host(self, name: str) -> None: ...
+
+    def ask_room(self, num_hosts: int) -> None: ...
+
+    def leave(self, hosts: Iterable[str]) -> None: ...
 
 
 @pytest.fixture(scope="module")

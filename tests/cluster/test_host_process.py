@@ -5,7 +5,7 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,11 @@ class NoExecutor:
 
     def ensure_host(self, name: str) -> None: ...
 
-    def leave(self) -> None: ...
+    def end_host(self, name: str) -> None: ...
+
+    def ask_room(self, num_hosts: int) -> None: ...
+
+    def leave(self, hosts: Iterable[str]) -> None: ...
 
 
 class World:

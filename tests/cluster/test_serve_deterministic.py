@@ -75,7 +75,7 @@ def test_answers_are_those_of_one_process(cluster: Cluster, asks: list[Ask], exp
 def test_moves_and_drains_change_no_token(
     cluster: Cluster, asks: list[Ask], expected: list[Answer], tmp_path: Path
 ) -> None:
-    """Under streams: an expert moves, a plan is applied, both are undone, a host is drained and ends."""
+    """Under streams: an expert moves, a plan is applied, both are undone, a host is drained and ends, another comes."""
     known = [[one.logprob for one in answer.logprobs if one is not None] for answer in expected]
     changed = threading.Event()
     answered: list[list[float]] = []
@@ -111,6 +111,10 @@ def test_moves_and_drains_change_no_token(
             assert [host["name"] for host in status["hosts"]] == ["host-0", "host-1", "host-2"]
             assert status["replicas_held"] == status["replicas_wanted"] and not status["problems"]
             assert epochs[0] < epochs[1] < status["controller"]["epoch"]
+            herd(cluster, "scale", "--hosts", "4")
+            added = next(host for host in cluster.status()["hosts"] if host["name"] == "host-4")
+            assert added["slots"] == added["slots_target"] > 0
+            until("the added host computes rows", lambda: cluster.status()["hosts"][-1]["rows_total"] > 0)
         finally:
             changed.set()
         assert all(stream.result() for stream in streams)

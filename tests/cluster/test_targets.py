@@ -6,6 +6,7 @@ import json
 import stat
 import threading
 import urllib.request
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,7 +136,11 @@ class NoExecutor:
 
     def ensure_host(self, name: str) -> None: ...
 
-    def leave(self) -> None: ...
+    def end_host(self, name: str) -> None: ...
+
+    def ask_room(self, num_hosts: int) -> None: ...
+
+    def leave(self, hosts: Iterable[str]) -> None: ...
 
 
 def test_the_controller_serves_and_writes_the_list_and_tells_of_prometheus(tmp_path: Path) -> None:

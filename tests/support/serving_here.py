@@ -4,7 +4,7 @@ links, but no Ray that starts them."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,11 @@ class NoExecutor:
 
     def ensure_host(self, name: str) -> None: ...
 
-    def leave(self) -> None: ...
+    def end_host(self, name: str) -> None: ...
+
+    def ask_room(self, num_hosts: int) -> None: ...
+
+    def leave(self, hosts: Iterable[str]) -> None: ...
 
 
 @contextlib.contextmanager
