@@ -72,6 +72,7 @@ def test_answers_are_those_of_one_process(cluster: Cluster, asks: list[Ask], exp
     assert crowd == 3 * known
 
 
+@pytest.mark.soak
 def test_moves_and_drains_change_no_token(
     cluster: Cluster, asks: list[Ask], expected: list[Answer], tmp_path: Path
 ) -> None:
