@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from experts.placement import ComputeCost
 from router.failover.events import HostState
 from router.failover.flight import Flight
+from router.failover.recent import RecentWork
 from router.failover.usual import Usual
 
 TIMES_USUAL = 3.0
@@ -49,7 +50,7 @@ class Link:
     heard_at: float = float("-inf")
     ahead_s: float = 0.0
     """Work, by the cost model, of what is under way to it."""
-    shipments: int = 0
+    recent: RecentWork = field(default_factory=RecentWork)
     usual: Usual = field(default_factory=Usual)
     most_usual: float = float("inf")
     """What the peers' usual allows this one's to be."""
@@ -101,7 +102,8 @@ class Link:
     def took_off(self, flight: Flight) -> None:
         self.flights[flight.number] = flight
         self.ahead_s += flight.cost_s
-        self.shipments += 1
+        if flight.parts:
+            self.recent.add(flight.parts[0].rows.key[0], flight.cost_s, flight.sent_at)
 
     def landed(self, flight: Flight) -> None:
         """Answered, failed or given up."""

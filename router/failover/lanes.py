@@ -19,7 +19,9 @@ def assign(
     state: FailoverState, dispatch: Dispatch, rows: Mapping[ExpertKey, int], now: float
 ) -> tuple[dict[str, list[Part]], list[RowsOf]]:
     """The parts that each host gets, in order, and the rows that nobody serves."""
-    lanes = _Lanes(state, state.attention.at(now))
+    # A dispatch is of one layer.
+    layer = next((layer for layer, _ in rows), 0)
+    lanes = _Lanes(state, layer, state.attention.at(now))
     replicas = dispatch.placement.replicas
     wants: list[Want] = []
     unserved = []
@@ -41,21 +43,20 @@ def assign(
 class _Lanes:
     """The lanes of one dispatch, made as they are asked for."""
 
-    def __init__(self, state: FailoverState, at: float) -> None:
+    def __init__(self, state: FailoverState, layer: int, at: float) -> None:
         self._state = state
+        self._layer = layer
         self._at = at
         self._by_host: dict[str, tuple[int, Lane]] = {}
         self._by_hosts: dict[tuple[str, ...], list[Lane]] = {}
 
     def of(self, hosts: tuple[str, ...]) -> list[Lane]:
-        """The best of `hosts`; one more expert may go to them."""
+        """The best of `hosts`."""
         found = self._by_hosts.get(hosts)
         if found is None:
             ranked = [ranked for host in hosts if (ranked := self._ranked(host)) is not None]
             best = min((rank for rank, _ in ranked), default=0)
             found = self._by_hosts[hosts] = [lane for rank, lane in ranked if rank == best]
-        for lane in found:
-            lane.demand += 1
         return found
 
     def _ranked(self, host: str) -> tuple[int, Lane] | None:
@@ -66,7 +67,7 @@ class _Lanes:
         rank = link.rank_for_dispatch()
         if rank is None:
             return None
-        known = self._by_host[host] = rank, make_lane(self._state, link, self._at)
+        known = self._by_host[host] = rank, make_lane(self._state, link, self._layer, self._at)
         return known
 
 
@@ -84,7 +85,7 @@ def elsewhere(
             homeless.append(part)
             continue
         for link in links:
-            lanes.setdefault(link.host, make_lane(state, link, at))
+            lanes.setdefault(link.host, make_lane(state, link, part.rows.key[0], at))
         lane = min((lanes[link.host] for link in links), key=lambda lane: _finish(lane, part))
         lane.finish_s = _finish(lane, part)
         placed.setdefault(lane.host, []).append(part)
@@ -93,15 +94,15 @@ def elsewhere(
     return placed, homeless
 
 
-def make_lane(state: FailoverState, link: Link, at: float) -> Lane:
-    """What the cost model and experience say of a host now."""
+def make_lane(state: FailoverState, link: Link, layer: int, at: float) -> Lane:
+    """What the cost model and experience say of a host now, for rows of `layer`."""
     pace = link.pace if link.paced_at > float("-inf") else state.typical_pace
     idle_s = at - link.paced_at
     if RELAX_S < idle_s < float("inf"):
         pace = state.typical_pace + (pace - state.typical_pace) * 0.5 ** (idle_s / RELAX_S)
     cost = link.cost
     begin_s = pace * (link.way_s + link.ahead_s)
-    return Lane(link.host, begin_s, pace * cost.per_expert_s, pace * cost.per_row_s, link.shipments)
+    return Lane(link.host, begin_s, pace * cost.per_expert_s, pace * cost.per_row_s, link.recent.of(layer, at))
 
 
 def _untried(state: FailoverState, part: Part, now: float, worst_rank: int) -> list[Link]:

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 
 from experts.placement import ExpertKey
 
+EQUALS = 0.85
+"""Hosts that are done by so nearly the same time are equals: how fast each is, is not known any better."""
 WORTH = 0.97
 """An expert is moved when that takes the finish of the slowest host below this share."""
+WORTH_TWO = 0.9
+"""The same for two of them at once."""
 WORTH_A_READ = 0.85
 """The same for some rows of one, whose weights are then read twice: other routers want those hosts, too."""
 
@@ -25,9 +29,8 @@ class Lane:
     begin_s: float
     per_expert_s: float
     per_row_s: float
-    used: int = 0
-    demand: int = 0
-    """How many experts may come here. Among equals the one is taken that fewer others want, then the one used less."""
+    recent_s: float = 0.0
+    """Work of this layer that the host was given lately. Among equals the one with less of it is taken."""
     finish_s: float = 0.0
 
 
@@ -49,7 +52,7 @@ class _Piece:
 
 
 def split(wants: list[Want]) -> dict[str, list[tuple[ExpertKey, int, int]]]:
-    """Host → (expert, first row, row after the last). The `demand` of lanes is known.
+    """Host → (expert, first row, row after the last).
 
     Greedy: the most rows first, each expert where it is done soonest; then, while it pays, the slowest host gives
     an expert, or some of its rows, to another. `wants` is sorted.
@@ -62,18 +65,22 @@ def split(wants: list[Want]) -> dict[str, list[tuple[ExpertKey, int, int]]]:
 
 
 def _soonest(lanes: Sequence[Lane], rows: int) -> Lane:
-    """Put so many rows of an expert on the lane that is done with them first."""
-    best, least = lanes[0], float("inf")
-    for lane in lanes:
-        done = (lane.finish_s or lane.begin_s) + lane.per_expert_s + lane.per_row_s * rows
-        if done < WORTH * least or (WORTH * done <= least and _is_freer(lane, best)):
-            best, least = lane, done
-    best.finish_s = least
-    return best
+    """Put so many rows of an expert on the lane that is done with them first, or on one of its equals."""
+    if len(lanes) == 1:
+        best = lanes[0]
+        best.finish_s = _done(best, rows)
+        return best
+    done = [_done(lane, rows) for lane in lanes]
+    limit = min(done) / EQUALS
+    chosen = min(
+        [place for place, done_s in enumerate(done) if done_s <= limit], key=lambda place: lanes[place].recent_s
+    )
+    lanes[chosen].finish_s = done[chosen]
+    return lanes[chosen]
 
 
-def _is_freer(lane: Lane, other: Lane) -> bool:
-    return lane.demand < other.demand or (lane.demand == other.demand and lane.used < other.used)
+def _done(lane: Lane, rows: int) -> float:
+    return (lane.finish_s or lane.begin_s) + lane.per_expert_s + lane.per_row_s * rows
 
 
 def _even_out(pieces: list[_Piece]) -> None:
@@ -83,7 +90,7 @@ def _even_out(pieces: list[_Piece]) -> None:
         goal = WORTH * slowest.finish_s
         if all((lane.finish_s or lane.begin_s) + lane.per_expert_s >= goal for lane in lanes.values()):
             return
-        if not _relieve(slowest, goal, pieces):
+        if not _relieve_by_two(slowest, pieces) and not _relieve(slowest, goal, pieces):
             return
 
 
@@ -111,6 +118,35 @@ def _relieve(slowest: Lane, goal: float, pieces: list[_Piece]) -> bool:
         return False
     _move(*best, pieces)
     return True
+
+
+def _relieve_by_two(slowest: Lane, pieces: list[_Piece]) -> bool:
+    """Move an expert from `slowest` to a lane that gives one of its own away, maybe to `slowest`; whether that pays."""
+    goal = WORTH_TWO * slowest.finish_s
+    taken = {(piece.key, piece.lane.host) for piece in pieces}
+    for piece in pieces:
+        if piece.lane is not slowest:
+            continue
+        for lane in piece.lanes:
+            if lane is slowest or (piece.key, lane.host) in taken:
+                continue
+            room = goal - lane.finish_s - _work(lane, piece)
+            for other in pieces:
+                if other.lane is not lane or room + _work(lane, other) < 0.0:
+                    continue
+                for third in other.lanes:
+                    if third is lane or (other.key, third.host) in taken:
+                        continue
+                    freed = _work(slowest, piece) if third is slowest else 0.0
+                    if _done(third, other.rows) - freed <= goal:
+                        _move(other, third, other.rows, pieces)
+                        _move(piece, lane, piece.rows, pieces)
+                        return True
+    return False
+
+
+def _work(lane: Lane, piece: _Piece) -> float:
+    return lane.per_expert_s + lane.per_row_s * piece.rows
 
 
 def _even_share(slowest: Lane, lane: Lane, start: float, rows: int) -> int:

@@ -22,9 +22,6 @@ COSTS = list(product([1.0, 3.0, 10.0], [0.1, 1.0, 3.0]))
 
 def split(wants: Sequence[Want]) -> Shares:
     """The same, for wants in plain words."""
-    for _, _, own in wants:
-        for lane in own:
-            lane.demand += 1
     return split_sorted([(len(own) > 1, -rows, key, own) for key, rows, own in wants])
 
 
@@ -146,5 +143,5 @@ def test_the_nearer_host_and_the_less_loaded_one_are_preferred() -> None:
         hosts = lanes(*((begin, 1.0, 0.1) for begin in begins))
         assert set(split([((0, 0), 1, hosts)])) == {"b"}
     hosts = lanes((1.0, 1.0, 0.1), (1.0, 1.0, 0.1))
-    hosts[0].used = 1
-    assert set(split([((0, 0), 1, hosts)])) == {"b"}, "among equals the one used less"
+    hosts[0].recent_s = 1.0
+    assert set(split([((0, 0), 1, hosts)])) == {"b"}, "among equals the one that was given less lately"
