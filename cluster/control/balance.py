@@ -44,6 +44,7 @@ class LayerBalance:
         self.row_s = [host.row_s + host.link_s for host in hosts]
         self.touch_s = [host.touch_s for host in hosts]
         self._touches: dict[tuple[int, int], float] = {}
+        self._rows_per_touch = _mean(self.touch_s) / max(_mean(self.row_s), 1e-300)
         self._counts_touches = any(self.touch_s)
         self.shares: list[dict[int, float]] = [dict.fromkeys(where, 1.0 / max(1, len(where))) for where in homes]
         self.even = [0.0] * len(hosts)
@@ -195,11 +196,18 @@ class LayerBalance:
         return seconds
 
     def _touches_of(self, expert: int, count: int) -> float:
-        """Times per second that the weights are read on all of `count` hosts: rows fall into dispatches at random."""
+        """Times per second that the weights are read on all of `count` hosts: rows fall into dispatches at random.
+
+        Routers cut the rows of a dispatch over several hosts as far as they take longer than a read; otherwise they
+        stay together, and hosts take turns.
+        """
         touches = self._touches.get((expert, count))
         if touches is None:
-            rows, dispatches = self.rows[expert], self.dispatches * count
+            rows, dispatches = self.rows[expert], self.dispatches
             touches = rows if dispatches <= 0.0 else -dispatches * math.expm1(-rows / dispatches)
+            if count > 1 and touches > 0.0:
+                per_touch = rows / touches
+                touches *= 1.0 + (count - 1) * per_touch / (per_touch + self._rows_per_touch)
             self._touches[expert, count] = touches
         return touches
 
@@ -242,6 +250,10 @@ def _level(busy: Sequence[float], weights: dict[int, float]) -> dict[int, float]
     shares = {host: (level - busy[host]) / weight if level > busy[host] else 0.0 for host, weight in weights.items()}
     # Beside a billion times as much work a share is lost in rounding.
     return shares if sum(shares.values()) > 0.5 else dict.fromkeys(weights, 1.0 / len(weights))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _root(power: float) -> float:

@@ -117,6 +117,8 @@ def _steps(draft: Draft, layer: int, width: int) -> Iterator[_Step]:
                 mine = [(seconds, e) for seconds, e in work if draft.may_come(layer, e, light)]
                 if draft.free[light] > 0:
                     yield from _into_free_slot(draft, layer, mine, slow, light, times)
+                else:
+                    yield from _making_room(draft, layer, mine, slow, light, theirs[light], times)
                 yield from _in_exchange(draft, layer, mine, slow, light, theirs[light], times)
 
 
@@ -137,6 +139,40 @@ def _into_free_slot(
         if seconds < gap and draft.may_leave(layer, expert, slow):
             after = max(times[slow] - seconds, times[light] + seconds)
             yield after, ((expert, _instead(homes, slow, light)),)
+
+
+def _making_room(
+    draft: Draft,
+    layer: int,
+    mine: list[tuple[float, int]],
+    slow: int,
+    light: int,
+    theirs: list[tuple[float, int]],
+    times: list[float],
+) -> Iterator[_Step]:
+    """Steps into a slot that is freed by moving what does least on `light` to a third host, where there is room."""
+    free = [host for host in draft.targets if draft.free[host] > 0 and host not in (slow, light)]
+    third = min(free, key=times.__getitem__, default=None)
+    if third is None:
+        return
+    least = [
+        (seconds, other)
+        for seconds, other in theirs
+        if draft.may_leave(layer, other, light) and draft.may_come(layer, other, third)
+    ][:1]
+    for other_seconds, other in least:
+        there = (other, _instead(draft.layers[layer].homes(other), light, third))
+        gap = times[slow] - times[light] + other_seconds
+        for seconds, expert in mine:
+            if expert == other:
+                continue
+            homes = draft.layers[layer].homes(expert)
+            half = min(seconds, gap / 2)
+            after = max(times[slow] - half, times[third] + other_seconds)
+            yield after, ((expert, (*homes, light)), there)
+            if seconds < gap and draft.may_leave(layer, expert, slow):
+                after = max(times[slow] - seconds, times[light] - other_seconds + seconds, times[third] + other_seconds)
+                yield after, ((expert, _instead(homes, slow, light)), there)
 
 
 def _in_exchange(

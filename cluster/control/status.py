@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import MappingProxyType
 
+from cluster.control.costs import costs_of
 from cluster.control.loop import imbalances
 from cluster.control.state import ControllerState, HostState
 from cluster.control.steer import doubt_of, expert_bytes, fleet_of, is_sick
@@ -18,7 +19,12 @@ ALARM_S = 60.0
 
 def view_of(state: ControllerState, version: int) -> ClusterView:
     """The view to publish: hosts that ever reported, routers that report, and the placement of the journal."""
-    hosts = {name: host_info(name, host) for name, host in state.hosts.items() if host.report is not None}
+    costs = costs_of(state.hosts)
+    hosts = {
+        name: replace(host_info(name, host), cost=costs[name])
+        for name, host in state.hosts.items()
+        if host.report is not None
+    }
     routers = {
         name: router_info(member.report)
         for name, member in state.members.items()

@@ -10,9 +10,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from statistics import median
 from types import MappingProxyType
 
+from cluster.control.costs import costs_of, node_of
 from cluster.control.draft import Replica
 from cluster.control.fleet import Fleet, HostSpec, Load
 from cluster.control.loop import Inputs, LoopState, Question, question_of, turn
@@ -36,9 +36,11 @@ from cluster.control.rehome import rehome
 from cluster.control.replicas import Replicas
 from cluster.control.state import Alarmed, ControllerState, Effect, HostState, LoadRead
 from cluster.control.trust import doubt_load
-from experts.placement import ExpertKey
+from experts.placement import ComputeCost, ExpertKey
 
 MOST_ALARMS = 20
+UNKNOWN_COST = ComputeCost(per_expert_s=0.0, per_row_s=1.0)
+"""Rows alone count where nobody has measured."""
 
 
 def advance(state: ControllerState, now: float, effects: list[Effect]) -> ControllerState:
@@ -164,15 +166,15 @@ def fleet_of(state: ControllerState) -> Fleet:
     needed = len(goal) * min(steering.num_replicas, max(1, len(staying))) - sum(given[name] for name in sick)
     share = math.ceil(max(0, needed) / max(1, len(staying) - len(sick)))
     room = share + steering.extra_slots * len({layer for layer, _ in goal})
-    costs = _costs(state, present)
+    costs = {name: cost or UNKNOWN_COST for name, cost in costs_of(state.hosts).items()}
     return Fleet.of(
         [
             HostSpec(
                 name=name,
                 slots=max(room, given[name]),
-                row_s=costs[name][0],
-                touch_s=costs[name][1],
-                node=_node(state.hosts[name]),
+                row_s=costs[name].per_row_s,
+                touch_s=costs[name].per_expert_s,
+                node=node_of(state.hosts[name]),
                 draining=name in journal.draining,
                 is_sick=name in sick,
             )
@@ -313,31 +315,6 @@ def _alarm(state: ControllerState, moved: Iterable[MoveEffect], now: float, effe
     effects += [Alarmed(text=text) for text in texts]
     alarms = (*state.alarms, *((now, text) for text in texts))[-MOST_ALARMS:]
     return replace(state, alarms=alarms, num_given_up=state.num_given_up + len(texts))
-
-
-def _costs(state: ControllerState, names: Iterable[str]) -> dict[str, tuple[float, float]]:
-    """Seconds per row and per touched expert. Hosts of one node are alike: what differs between them is how busy it
-    was when they measured."""
-    names = list(names)
-    by_node: dict[str, list[tuple[float, float]]] = {}
-    for name in names:
-        report = state.hosts[name].report
-        if report is not None and report.cost is not None:
-            cost = (report.cost.per_row_s, report.cost.per_expert_s)
-            by_node.setdefault(report.node, []).append(cost)
-    medians = {node: _middle(costs) for node, costs in by_node.items()}
-    unknown = _middle([cost for costs in by_node.values() for cost in costs])
-    return {name: medians.get(_node(state.hosts[name]), unknown) for name in names}
-
-
-def _middle(costs: list[tuple[float, float]]) -> tuple[float, float]:
-    if not costs:
-        return 1.0, 0.0
-    return median(row_s for row_s, _ in costs), median(touch_s for _, touch_s in costs)
-
-
-def _node(host: HostState) -> str:
-    return host.report.node if host.report is not None else ""
 
 
 def _held(host: HostState) -> frozenset[ExpertKey]:

@@ -13,6 +13,9 @@ from router.failover.state import FailoverState
 
 RELAX_S = 1.0
 """How slow a host was is half forgotten after this long without an answer, so that it is tried again."""
+EQUALS = 0.85
+"""Paces that differ by less than this from what is typical are typical: no pace is known any better, and hosts that are
+alike should share the work instead of the luckiest having it all."""
 
 
 def assign(
@@ -100,6 +103,8 @@ def make_lane(state: FailoverState, link: Link, layer: int, at: float) -> Lane:
     idle_s = at - link.paced_at
     if RELAX_S < idle_s < float("inf"):
         pace = state.typical_pace + (pace - state.typical_pace) * 0.5 ** (idle_s / RELAX_S)
+    if EQUALS * state.typical_pace <= pace <= state.typical_pace / EQUALS:
+        pace = state.typical_pace
     cost = link.cost
     begin_s = pace * (link.way_s + link.ahead_s)
     return Lane(link.host, begin_s, pace * cost.per_expert_s, pace * cost.per_row_s, link.recent.of(layer, at))

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from experts.placement import ExpertKey
 
-EQUALS = 0.85
-"""Hosts that are done by so nearly the same time are equals: how fast each is, is not known any better."""
 WORTH = 0.97
 """An expert is moved when that takes the finish of the slowest host below this share."""
 WORTH_TWO = 0.9
@@ -71,7 +69,7 @@ def _soonest(lanes: Sequence[Lane], rows: int) -> Lane:
         best.finish_s = _done(best, rows)
         return best
     done = [_done(lane, rows) for lane in lanes]
-    limit = min(done) / EQUALS
+    limit = min(done) / WORTH
     chosen = min(
         [place for place, done_s in enumerate(done) if done_s <= limit], key=lambda place: lanes[place].recent_s
     )

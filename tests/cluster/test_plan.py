@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.control.explain import as_json, as_text
+from cluster.control.balance import LayerBalance
 from cluster.control.fleet import Fleet, HostSpec, Load
 from cluster.control.pack import pack
 from cluster.control.plan import Plan, PlanState, Policy, plan
@@ -179,15 +180,27 @@ def test_slow_hosts_get_less_and_far_hosts_are_slow() -> None:
         assert alone["fast"] > alone["slow"]
 
 
-def test_few_rows_are_not_worth_a_second_read_of_the_weights() -> None:
-    # Where each dispatch reads weights for much longer than it computes rows, a copy does not halve the time.
+def test_hosts_take_turns_with_few_rows_and_share_many_at_the_price_of_another_read() -> None:
+    def seconds(rows: float, copies: int) -> float:
+        """Of all work for one expert, of which each of 100 dispatches a second has rows."""
+        hosts = [HostSpec(name=f"h{host}", slots=4, row_s=1e-6, touch_s=1e-3) for host in range(4)]
+        balance = LayerBalance([rows], [list(range(copies))], hosts, 100.0)
+        return sum(balance.even)
+
+    assert seconds(2e3, 4) == pytest.approx(seconds(2e3, 1), rel=0.1), "20 rows at a time: read once, by one of four"
+    # A million rows at a time: all four have some of each dispatch, and read the weights for them.
+    assert seconds(1e8, 4) - seconds(1e8, 1) == pytest.approx(3 * 100 * 1e-3, rel=0.01)
+
+
+def test_a_hot_expert_is_worth_copies_that_take_turns() -> None:
+    # Where each dispatch reads weights for much longer than it computes rows.
     hosts = [HostSpec(name=f"h{host}", slots=4, row_s=1e-6, touch_s=1e-3) for host in range(4)]
     fleet = Fleet.of(hosts)
-    placement = packed(fleet, 1, 4)
-    load = replace(load_of(placement, {(0, 0): 2000.0}), dispatches=100.0)
-    assert not one(load, fleet, placement).is_change
-    cheap = Fleet.of([replace(host, touch_s=0.0) for host in hosts])
-    assert one(load, cheap, placement).is_change
+    placement = packed(fleet, 1, 8)
+    load = replace(load_of(placement, {(0, 0): 800.0, (0, 4): 800.0}), rows=dict.fromkeys(placement, 0.0))
+    load = replace(load, rows={**load.rows, (0, 0): 800.0, (0, 4): 800.0}, dispatches=100.0)
+    made = one(load, fleet, placement)
+    assert made.layers[0].after <= 1.05
 
 
 def test_replicas_are_spread_over_nodes() -> None:

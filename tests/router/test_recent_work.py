@@ -21,13 +21,10 @@ def test_equal_replicas_of_a_hot_expert_take_turns_in_every_layer() -> None:
     """Also where layers come one after the other, and one host has done much more in the past."""
     works = {host: RecentWork() for host in "ab"}
     works["a"].add(0, 1000.0, at=0.0)
-    paces = {"a": 1.0, "b": 1.08}
     rows: Counter[tuple[int, str]] = Counter()
     for number in range(400):
         layer, at = number % 2, 60.0 + 0.005 * number
-        lanes = [
-            Lane(host, 1e-4 * paces[host], 3e-4 * paces[host], 1e-6, work.of(layer, at)) for host, work in works.items()
-        ]
+        lanes = [Lane(host, 1e-4, 3e-4, 1e-6, work.of(layer, at)) for host, work in works.items()]
         for host, pieces in split([(True, -8, (layer, 5), lanes)]).items():
             works[host].add(layer, 3e-4, at)
             rows[layer, host] += sum(stop - start for _, start, stop in pieces)
