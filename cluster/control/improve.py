@@ -109,6 +109,8 @@ def _steps(draft: Draft, layer: int, width: int) -> Iterator[_Step]:
     for times, even in ((balance.best, False), (balance.even, True)):
         lights = heapq.nsmallest(4 * width, draft.targets, key=times.__getitem__)
         theirs = {light: _work_on(balance, light, even) for light in lights}
+        # Of three at most two are the hosts of the step themselves.
+        free = heapq.nsmallest(3, [host for host in draft.targets if draft.free[host] > 0], key=times.__getitem__)
         for slow in heapq.nlargest(width, range(len(times)), key=times.__getitem__):
             work = _work_on(balance, slow, even)
             for light in lights:
@@ -117,8 +119,8 @@ def _steps(draft: Draft, layer: int, width: int) -> Iterator[_Step]:
                 mine = [(seconds, e) for seconds, e in work if draft.may_come(layer, e, light)]
                 if draft.free[light] > 0:
                     yield from _into_free_slot(draft, layer, mine, slow, light, times)
-                else:
-                    yield from _making_room(draft, layer, mine, slow, light, theirs[light], times)
+                elif free:
+                    yield from _making_room(draft, layer, mine, slow, light, theirs[light], free, times)
                 yield from _in_exchange(draft, layer, mine, slow, light, theirs[light], times)
 
 
@@ -148,31 +150,28 @@ def _making_room(
     slow: int,
     light: int,
     theirs: list[tuple[float, int]],
+    free: list[int],
     times: list[float],
 ) -> Iterator[_Step]:
     """Steps into a slot that is freed by moving what does least on `light` to a third host, where there is room."""
-    free = [host for host in draft.targets if draft.free[host] > 0 and host not in (slow, light)]
-    third = min(free, key=times.__getitem__, default=None)
+    third = next((host for host in free if host not in (slow, light)), None)
     if third is None:
         return
-    least = [
-        (seconds, other)
-        for seconds, other in theirs
-        if draft.may_leave(layer, other, light) and draft.may_come(layer, other, third)
-    ][:1]
-    for other_seconds, other in least:
-        there = (other, _instead(draft.layers[layer].homes(other), light, third))
-        gap = times[slow] - times[light] + other_seconds
-        for seconds, expert in mine:
-            if expert == other:
-                continue
-            homes = draft.layers[layer].homes(expert)
-            half = min(seconds, gap / 2)
-            after = max(times[slow] - half, times[third] + other_seconds)
-            yield after, ((expert, (*homes, light)), there)
-            if seconds < gap and draft.may_leave(layer, expert, slow):
-                after = max(times[slow] - seconds, times[light] - other_seconds + seconds, times[third] + other_seconds)
-                yield after, ((expert, _instead(homes, slow, light)), there)
+    able = (one for one in theirs if draft.may_leave(layer, one[1], light) and draft.may_come(layer, one[1], third))
+    other_seconds, other = next(able, (0.0, -1))
+    if other < 0:
+        return
+    there_s = times[third] + other_seconds
+    there = (other, _instead(draft.layers[layer].homes(other), light, third))
+    gap = times[slow] - times[light] + other_seconds
+    for seconds, expert in mine:
+        if there_s >= times[slow] or expert == other:
+            continue
+        homes = draft.layers[layer].homes(expert)
+        yield max(times[slow] - min(seconds, gap / 2), there_s), ((expert, (*homes, light)), there)
+        if seconds < gap and draft.may_leave(layer, expert, slow):
+            after = max(times[slow] - seconds, times[slow] - gap + seconds, there_s)
+            yield after, ((expert, _instead(homes, slow, light)), there)
 
 
 def _in_exchange(

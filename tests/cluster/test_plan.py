@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.control.explain import as_json, as_text
 from cluster.control.balance import LayerBalance
+from cluster.control.explain import as_json, as_text
 from cluster.control.fleet import Fleet, HostSpec, Load
 from cluster.control.pack import pack
 from cluster.control.plan import Plan, PlanState, Policy, plan
