@@ -16,7 +16,7 @@ from cluster.control.move_state import Limits
 from cluster.control.pack import pack
 from cluster.control.plan import Policy
 from cluster.control.prometheus_load import PrometheusLoad
-from cluster.control.reading import WINDOW_S, LoadSource
+from cluster.control.reading import LoadSource
 from cluster.control.replicas import Replicas
 from cluster.control.scale import Scaling
 from cluster.control.scrape_load import ScrapeLoad
@@ -126,8 +126,7 @@ def steering_of(settings: ServeSettings) -> Steering:
         rebalances=settings.rebalance,
         num_replicas=settings.replicas,
         extra_slots=settings.extra_slots,
-        # An imbalance is acted upon when nearly all that was measured is of it, not of what was before.
-        policy=Policy(min_replicas=settings.replicas, settle_s=0.75 * WINDOW_S),
+        policy=Policy(min_replicas=settings.replicas),
         limits=Limits(min_replicas=settings.replicas),
         scaling=Scaling(min_hosts=settings.hosts, max_hosts=settings.max_hosts) if settings.max_hosts else None,
     )

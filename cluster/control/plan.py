@@ -147,7 +147,8 @@ def _rebalance(
     if is_new:
         return (), "everything is placed anew", state
     if doubt:
-        return (), "", replace(state, uneven_since=None)
+        # What was uneven before may be uneven still.
+        return (), "", state
     uneven = uneven_layers(draft, basis, policy.min_gain)
     if not uneven:
         return (), "every layer is as even as it has to be", replace(state, uneven_since=None, futile=_NOTHING)

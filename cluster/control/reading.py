@@ -10,8 +10,8 @@ from cluster.control.state import ControllerState
 from experts.placement import ExpertKey
 from experts.reports import MemberKind
 
-WINDOW_S = 4.0
-"""Short, so that a shift of the load is soon seen whole; at a reading each second three intervals or four."""
+WINDOW_S = 12.0
+"""Long enough that what few requests do by chance is evened out. Less counts where the load has shifted."""
 
 
 @dataclass(frozen=True, kw_only=True)

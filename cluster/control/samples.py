@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from cluster.control.fleet import Load
 from cluster.control.reading import Expected, Held, Page
+from cluster.control.shift import steady_since
 from cluster.control.trust import CLOCK_SLACK_S
 from experts.placement import ExpertKey
 
@@ -30,6 +31,8 @@ WANTED = frozenset({ROWS, COMPUTE, *OF_A_ROUTER})
 
 MOST = 1e18
 """No counter of ours comes this far."""
+FRESH = 0.25
+"""What is older than this share of the window is no news of a process."""
 LEAST_SPAN = 0.4
 """Share of the window that must have been seen before a rate means anything."""
 WHOLE_SPAN = 0.7
@@ -59,20 +62,29 @@ class _Unusable(Exception):
 
 
 def load_of(series: Iterable[Series], expected: Expected, at: float, window_s: float, now: float) -> Load | Held:
-    """The load in the `window_s` before `at`, by the clock of the samples; that instant is `now` by the caller's."""
+    """The load in the `window_s` before `at`, by the clock of the samples; that instant is `now` by the caller's.
+
+    Where it has shifted in that time, only what came after counts.
+    """
     try:
-        return _Window(series, expected, at, window_s).load(now)
+        window = _Window(series, expected, at, at - window_s, FRESH * window_s)
+        load = window.load(now)
+        since = window.steady_since()
+        if since <= at - window_s:
+            return load
+        return _Window(series, expected, at, since, FRESH * window_s).load(now)
     except _Unusable as error:
         return Held(reason=str(error))
 
 
 class _Window:
-    """Samples of one window, by metric, page and own labels."""
+    """Samples between `begin` and `at`, by metric, page and own labels. News are `fresh_s` old at most."""
 
-    def __init__(self, series: Iterable[Series], expected: Expected, at: float, window_s: float) -> None:
+    def __init__(self, series: Iterable[Series], expected: Expected, at: float, begin: float, fresh_s: float) -> None:
         self._expected = expected
         self._at = at
-        self._window_s = window_s
+        self._begin = begin
+        self._fresh_s = fresh_s
         self._by_metric: dict[str, dict[tuple[_Target, str], Series]] = defaultdict(dict)
         names = {page.address: page.name for page in (*expected.hosts, *expected.routers)}
         for one in series:
@@ -84,7 +96,7 @@ class _Window:
         if series.metric not in WANTED:
             return
         _check(series, self._at)
-        points = tuple([point for point in series.points if point[0] >= self._at - self._window_s])
+        points = tuple([point for point in series.points if point[0] >= self._begin])
         if not points:
             return
         instance = series.labels.get("instance", "")
@@ -109,8 +121,8 @@ class _Window:
         routers = {page.name: self._newest(page, OF_A_ROUTER, "router") for page in self._expected.routers}
         if not hosts or not routers:
             raise _Unusable(f"there is no {'router' if hosts else 'host'}")
-        if self._span < LEAST_SPAN * self._window_s:
-            raise _Unusable(f"samples span only {self._span:.1f} of {self._window_s:.0f} s")
+        if self._span < LEAST_SPAN * (self._at - self._begin):
+            raise _Unusable(f"samples span only {self._span:.1f} of {self._at - self._begin:.0f} s")
         oldest = min(self._seen[target][1] for target in (*hosts.values(), *routers.values()))
         layers = {layer for layer, _ in self._expected.keys}
         return Load(
@@ -122,6 +134,11 @@ class _Window:
             queue_s=self._queue_s(routers.values()),
         )
 
+    def steady_since(self) -> float:
+        """See `shift.steady_since`."""
+        rows = ((_key(series), series.points) for series in self._by_metric[ROWS].values())
+        return steady_since(rows, self._begin, self._at)
+
     def _newest(self, page: Page, metrics: Iterable[str], role: str) -> _Target:
         """The life of a process that was seen last, and not too long ago, with all of `metrics`."""
         found = [target for target in self._seen if target.name == page.name]
@@ -129,7 +146,7 @@ class _Window:
             raise _Unusable(f"nothing was read of {role} {page.name} at {page.address}")
         target = max(found, key=lambda target: self._seen[target][1])
         last = self._seen[target][1]
-        if self._at - last > self._window_s / 2:
+        if self._at - last > self._fresh_s:
             raise _Unusable(f"what was read of {role} {page.name} is {self._at - last:.0f} s old")
         for metric in metrics:
             series = self._by_metric[metric].get((target, ",,"))
@@ -143,7 +160,7 @@ class _Window:
         for (target, _), series in self._by_metric[ROWS].items():
             key = _key(series)
             last = series.points[-1][0]
-            if last == self._seen[target][1] and self._at - last <= self._window_s / 2:
+            if last == self._seen[target][1] and self._at - last <= self._fresh_s:
                 fresh.add(key)
             # Of an expert that this model does not have: a cluster of the same name, a moment ago.
             if key in rows:
