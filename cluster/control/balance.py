@@ -2,7 +2,8 @@
 
 Rows of a replicated expert are split over its hosts. Routers split them so that hosts finish together, each seeing
 only its own rows; so two splits are kept: the best one, which is what is predicted, and the even one. A placement has
-to be good under both, or it would be good only with perfect routers.
+to be good under both, or it would be good only with perfect routers. Under the even one rows are what counts: where
+reading weights is nearly all of the work, hosts with very different rows are done together, but not their network's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from cluster.control.fleet import HostSpec
 
 EVEN = 0.7
 """What the even split counts beside the best one. Much less costs balance under even splits, more under best ones."""
+MANY_ROWS = 1.1
+"""More than so many times the mean of rows on one host is imbalance, even where all are done at the same time."""
 
 Change = tuple[int, tuple[int, ...]]
 """An expert and the hosts that it would be on, all by index."""
@@ -46,15 +49,19 @@ class LayerBalance:
         self._touches: dict[tuple[int, int], float] = {}
         self._rows_per_touch = _mean(self.touch_s) / max(_mean(self.row_s), 1e-300)
         self._counts_touches = any(self.touch_s)
+        total = sum(rows) * _mean(self.row_s)
+        work = total + sum(self._touches_of(expert, 1) for expert in range(len(rows))) * _mean(self.touch_s)
+        self._worth = work / total if self._counts_touches and total > 0.0 else 1.0
+        """Of a row under the even split, as a multiple of what it costs: so that both splits are of as much work."""
         self.shares: list[dict[int, float]] = [dict.fromkeys(where, 1.0 / max(1, len(where))) for where in homes]
         self.even = [0.0] * len(hosts)
+        self.best = [0.0] * len(hosts)
         for expert, where in enumerate(homes):
             for host in where:
-                self.even[host] += self.weight(expert, host, len(where)) / len(where)
-        self.best = list(self.even)
+                self.even[host] += self._row_weight(expert, host) / len(where)
+                self.best[host] += self.weight(expert, host, len(where)) / len(where)
         self._settle(8, range(len(rows)))
-        total = sum(rows) * self.row_s[0]
-        self._unit = len(hosts) / total if total > 0.0 else 1.0
+        self._unit = len(hosts) / work if work > 0.0 else 1.0
 
     @cached_property
     def experts_on(self) -> list[set[int]]:
@@ -76,7 +83,8 @@ class LayerBalance:
 
     @property
     def slowest_s(self) -> float:
-        return max(self.best)
+        slowest = max(self.best)
+        return max(slowest, max(self.even) / MANY_ROWS) if self._counts_touches else slowest
 
     @property
     def mean_s(self) -> float:
@@ -86,7 +94,7 @@ class LayerBalance:
     def imbalance(self) -> float:
         """Time of the slowest host over the mean; 1 where nothing is to be done."""
         mean = self.mean_s
-        return max(self.best) / mean if mean > 0.0 else 1.0
+        return self.slowest_s / mean if mean > 0.0 else 1.0
 
     def homes(self, expert: int) -> tuple[int, ...]:
         return tuple(self.shares[expert])
@@ -101,9 +109,8 @@ class LayerBalance:
         return share[host] * self.weight(expert, host, len(share))
 
     def even_seconds(self, expert: int, host: int) -> float:
-        """The same if all its hosts had equal shares."""
-        count = len(self.shares[expert])
-        return self.weight(expert, host, count) / count
+        """The same if all its hosts had equal shares of its rows."""
+        return self._row_weight(expert, host) / len(self.shares[expert])
 
     def try_(self, changes: tuple[Change, ...]) -> Trial:
         """What `changes`, of different experts, would do. Nothing is changed."""
@@ -186,7 +193,7 @@ class LayerBalance:
         for host, part in share.items():
             weight = sign * self.weight(expert, host, count)
             best[host] += part * weight
-            even[host] += weight / count
+            even[host] += sign * self._row_weight(expert, host) / count
 
     def weight(self, expert: int, host: int, count: int) -> float:
         """Seconds of all rows of `expert` on `host` when it is one of `count`: its share of them takes that share."""
@@ -194,6 +201,9 @@ class LayerBalance:
         if self._counts_touches:
             seconds += self.touch_s[host] * self._touches_of(expert, count)
         return seconds
+
+    def _row_weight(self, expert: int, host: int) -> float:
+        return self.rows[expert] * self.row_s[host] * self._worth
 
     def _touches_of(self, expert: int, count: int) -> float:
         """Times per second that the weights are read on all of `count` hosts: rows fall into dispatches at random.

@@ -77,3 +77,5 @@ class Load:
     dispatches: float = 0.0
     busy: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     queue_s: float | None = None
+    steady_s: float = float("inf")
+    """How long ago it shifted to what it is; without end where it was the same as long as anybody looked."""

@@ -32,8 +32,8 @@ class Policy:
     load_price: float = 0.002
     """What each replica that is loaded must save."""
     settle_s: float = 2.0
-    """An imbalance must last so long."""
-    cool_down_s: float = 60.0
+    """An imbalance must last so long, and so must the load that makes it."""
+    cool_down_s: float = 30.0
     """What was added stays, and what was removed stays away, for so long."""
     retry_s: float = 60.0
     """Where nothing was found to be better, nothing is looked for again so soon, unless the load changes."""
@@ -154,8 +154,9 @@ def _rebalance(
         return (), "every layer is as even as it has to be", replace(state, uneven_since=None, futile=_NOTHING)
     since = now if state.uneven_since is None else state.uneven_since
     state = replace(state, uneven_since=since)
-    if now - since < policy.settle_s:
-        return (), f"{len(uneven)} layers are uneven, but only since {now - since:.1f} s", state
+    lasted = min(now - since, basis.steady_s)
+    if lasted < policy.settle_s:
+        return (), f"{len(uneven)} layers are uneven, but only since {lasted:.1f} s", state
     due = {
         layer: needed
         for layer, needed in uneven.items()

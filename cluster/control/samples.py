@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import NamedTuple
@@ -72,7 +72,7 @@ def load_of(series: Iterable[Series], expected: Expected, at: float, window_s: f
         since = window.steady_since()
         if since <= at - window_s:
             return load
-        return _Window(series, expected, at, since, FRESH * window_s).load(now)
+        return replace(_Window(series, expected, at, since, FRESH * window_s).load(now), steady_s=at - since)
     except _Unusable as error:
         return Held(reason=str(error))
 

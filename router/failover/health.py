@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from experts.placement import ComputeCost
 from router.failover.events import HostState
 from router.failover.flight import Flight
-from router.failover.recent import RecentWork
+from router.failover.recent import RecentRows
 from router.failover.usual import Usual
 
 TIMES_USUAL = 3.0
@@ -50,7 +50,7 @@ class Link:
     heard_at: float = float("-inf")
     ahead_s: float = 0.0
     """Work, by the cost model, of what is under way to it."""
-    recent: RecentWork = field(default_factory=RecentWork)
+    recent: RecentRows = field(default_factory=RecentRows)
     usual: Usual = field(default_factory=Usual)
     most_usual: float = float("inf")
     """What the peers' usual allows this one's to be."""
@@ -103,7 +103,8 @@ class Link:
         self.flights[flight.number] = flight
         self.ahead_s += flight.cost_s
         if flight.parts:
-            self.recent.add(flight.parts[0].rows.key[0], flight.cost_s, flight.sent_at)
+            layer, _ = flight.parts[0].rows.key
+            self.recent.add(layer, sum(part.num_rows for part in flight.parts), flight.sent_at)
 
     def landed(self, flight: Flight) -> None:
         """Answered, failed or given up."""

@@ -27,8 +27,8 @@ class Lane:
     begin_s: float
     per_expert_s: float
     per_row_s: float
-    recent_s: float = 0.0
-    """Work of this layer that the host was given lately. Among equals the one with less of it is taken."""
+    recent: float = 0.0
+    """Rows of this layer that the host was given lately. Among equals the one with fewer is taken."""
     finish_s: float = 0.0
 
 
@@ -70,9 +70,7 @@ def _soonest(lanes: Sequence[Lane], rows: int) -> Lane:
         return best
     done = [_done(lane, rows) for lane in lanes]
     limit = min(done) / WORTH
-    chosen = min(
-        [place for place, done_s in enumerate(done) if done_s <= limit], key=lambda place: lanes[place].recent_s
-    )
+    chosen = min([place for place, done_s in enumerate(done) if done_s <= limit], key=lambda place: lanes[place].recent)
     lanes[chosen].finish_s = done[chosen]
     return lanes[chosen]
 

@@ -143,5 +143,5 @@ def test_the_nearer_host_and_the_less_loaded_one_are_preferred() -> None:
         hosts = lanes(*((begin, 1.0, 0.1) for begin in begins))
         assert set(split([((0, 0), 1, hosts)])) == {"b"}
     hosts = lanes((1.0, 1.0, 0.1), (1.0, 1.0, 0.1))
-    hosts[0].recent_s = 1.0
+    hosts[0].recent = 1.0
     assert set(split([((0, 0), 1, hosts)])) == {"b"}, "among equals the one that was given less lately"
