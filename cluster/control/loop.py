@@ -206,8 +206,10 @@ def _realise(state: LoopState, load: Load | None, fleet: Fleet, policy: Policy, 
     published = state.moving.published
     if load is None or doubt_load(load, published, now, policy.max_age_s) or not any(load.rows.values()):
         return state
-    realised = 1.0 / max(imbalances(load, fleet, published).values(), default=1.0)
-    last = replace(state.history[-1], realised=realised, took_s=now - state.history[-1].at)
+    last = state.history[-1]
+    layers = {layer for (layer, _), _, _ in last.changes}
+    reached = [value for layer, value in imbalances(load, fleet, published).items() if layer in layers or not layers]
+    last = replace(last, realised=1.0 / max(reached, default=1.0), took_s=now - last.at)
     return replace(state, history=(*state.history[:-1], last))
 
 
