@@ -31,7 +31,7 @@ from router.failover.flight import Dispatch, Flight
 from router.failover.flying import close, count_failure, land, send, send_elsewhere
 from router.failover.health import Link
 from router.failover.lanes import assign
-from router.failover.state import ASSUMED_COST, WAY_S, WAY_WITHIN_NODE_S, FailoverState
+from router.failover.state import ASSUMED_COST, TYPICAL_WEIGHT, WAY_S, WAY_WITHIN_NODE_S, FailoverState
 from router.failover.verdicts import compare, deadline_passed, enter, forget_asking, judge, leave, miss
 
 
@@ -89,8 +89,10 @@ def _answered(state: FailoverState, event: Answered, now: float, effects: list[E
     link = state.links[flight.host]
     land(state, flight)
     at = state.attention.at(now)
-    if flight.parts and flight.pauses == state.attention.pauses and link.learn(flight, now - flight.sent_clock, at):
-        compare(state)
+    if flight.parts and flight.pauses == state.attention.pauses:
+        if link.learn(flight, now - flight.sent_clock, at):
+            compare(state)
+        state.typical_pace += TYPICAL_WEIGHT * (link.pace - state.typical_pace)
     enter(state, link, link.heard(flight, at, now), effects)
     if flight.parts:
         _settle(state, flight, effects)

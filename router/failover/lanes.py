@@ -13,7 +13,7 @@ from router.failover.state import FailoverState
 
 RELAX_S = 1.0
 """How slow a host was is half forgotten after this long without an answer, so that it is tried again."""
-EQUALS = 0.85
+EQUALS = 0.7
 """Paces that differ by less than this from what is typical are typical: no pace is known any better, and hosts that are
 alike should share the work instead of the luckiest having it all."""
 

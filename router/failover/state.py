@@ -14,6 +14,7 @@ from router.failover.health import Link
 
 ASSUMED_COST = ComputeCost(per_expert_s=3e-4, per_row_s=1e-5)
 """Of a host that has not told what it measured."""
+TYPICAL_WEIGHT = 1 / 32
 WAY_S, WAY_WITHIN_NODE_S = 1e-3, 5e-4
 
 
@@ -58,6 +59,7 @@ class FailoverState:
     late_answers: int = 0
     """Answers that nobody waited for."""
     typical_pace: float = 1.0
+    """Follows the paces of the hosts that answer: what those were that were not asked for long says nothing of now."""
 
     def usable(self, placement: Placement, key: ExpertKey) -> Iterator[Link]:
         """Links to the hosts that `placement` names and that may be sent rows."""

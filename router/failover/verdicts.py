@@ -100,9 +100,6 @@ def compare(state: FailoverState) -> None:
     for link in state.links.values():
         others = sorted(p99 for other in known if other is not link and (p99 := other.usual.p99) is not None)
         link.most_usual = MOST_OF_PEERS * others[len(others) // 2] if others else _FOREVER
-    paces = sorted(link.pace for link in known)
-    if paces:
-        state.typical_pace = paces[len(paces) // 2]
 
 
 def _overdue(state: FailoverState, link: Link, flight: Flight, now: float, effects: list[Effect]) -> None:
