@@ -114,6 +114,8 @@ class LayerBalance:
 
     def try_(self, changes: tuple[Change, ...]) -> Trial:
         """What `changes`, of different experts, would do. Nothing is changed."""
+        # Made when it is first wanted: before anything is taken away.
+        power = self._power
         before: dict[int, tuple[float, float]] = {}
         best, even = self.best, self.even
         for expert, homes in changes:
@@ -121,7 +123,7 @@ class LayerBalance:
                 if host not in before:
                     before[host] = (best[host], even[host])
             self._add(expert, self.shares[expert], -1.0)
-        power = self._power - self._potential_of(before.values())
+        power -= self._potential_of(before.values())
         shares = []
         for expert, homes in changes:
             share = self._level(expert, homes)

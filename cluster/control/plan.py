@@ -31,7 +31,7 @@ class Policy:
     """A layer is changed when its slowest host becomes faster by this, and more where few rows were counted."""
     load_price: float = 0.002
     """What each replica that is loaded must save."""
-    settle_s: float = 2.0
+    settle_s: float = 3.0
     """An imbalance must last so long, and so must the load that makes it."""
     cool_down_s: float = 30.0
     """What was added stays, and what was removed stays away, for so long."""
@@ -133,12 +133,22 @@ def _basis(trusted: Load | None, placement: Replicas) -> Load:
 
 
 def _forget(state: PlanState, policy: Policy, now: float) -> PlanState:
-    def recent(times: Mapping[Replica, float]) -> Mapping[Replica, float]:
-        if all(now - at < policy.cool_down_s for at in times.values()):
-            return times
-        return MappingProxyType({key: at for key, at in times.items() if now - at < policy.cool_down_s})
+    """What has cooled down is free again, and so are its layers to be looked at."""
+    free = [
+        replica
+        for times in (state.added, state.removed)
+        for replica, at in times.items()
+        if now - at >= policy.cool_down_s
+    ]
+    if not free:
+        return state
 
-    return replace(state, added=recent(state.added), removed=recent(state.removed))
+    def rest(times: Mapping[Replica, float]) -> Mapping[Replica, float]:
+        return MappingProxyType({replica: at for replica, at in times.items() if now - at < policy.cool_down_s})
+
+    layers = {layer for (layer, _), _ in free}
+    futile = MappingProxyType({layer: entry for layer, entry in state.futile.items() if layer not in layers})
+    return replace(state, added=rest(state.added), removed=rest(state.removed), futile=futile)
 
 
 def _rebalance(
@@ -153,21 +163,25 @@ def _rebalance(
     if not uneven:
         return (), "every layer is as even as it has to be", replace(state, uneven_since=None, futile=_NOTHING)
     since = now if state.uneven_since is None else state.uneven_since
-    state = replace(state, uneven_since=since)
+    shifted_at = basis.at - basis.steady_s
+    # What was tried for the load before it shifted says nothing of this one.
+    tried = MappingProxyType({layer: entry for layer, entry in state.futile.items() if entry.at >= shifted_at})
+    state = replace(state, uneven_since=since, futile=tried)
     lasted = min(now - since, basis.steady_s)
     if lasted < policy.settle_s:
         return (), f"{len(uneven)} layers are uneven, but only since {lasted:.1f} s", state
     due = {
         layer: needed
         for layer, needed in uneven.items()
-        if layer not in state.futile or state.futile[layer].is_over(draft.layers[layer].imbalance, now, policy.retry_s)
+        if layer not in state.futile
+        or state.futile[layer].is_over(draft.layers[layer].imbalance, needed, now, policy.retry_s)
     }
     notes = rebalance(draft, due, basis.dispatches, policy.load_price, policy.max_trials)
     futile = {layer: entry for layer, entry in state.futile.items() if layer in uneven}
     for note in notes:
         futile.pop(note.layer, None)
         if not note.is_changed:
-            futile[note.layer] = Futile(imbalance=draft.layers[note.layer].imbalance, at=now)
+            futile[note.layer] = Futile(imbalance=draft.layers[note.layer].imbalance, needed=due[note.layer], at=now)
     changed = sum(note.is_changed for note in notes)
     why = f"{len(uneven)} layers are uneven, {changed} of them become faster by enough to be changed"
     return notes, why, replace(state, futile=MappingProxyType(futile))

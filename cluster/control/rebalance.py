@@ -18,13 +18,15 @@ FINAL_ROUNDS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Futile:
-    """Nothing better was found for a layer when its imbalance was `imbalance`."""
+    """Nothing better by `needed` was found for a layer when its imbalance was `imbalance`."""
 
     imbalance: float
+    needed: float
     at: float
 
-    def is_over(self, imbalance: float, now: float, retry_s: float) -> bool:
-        return now - self.at >= retry_s or imbalance > 1.1 * self.imbalance
+    def is_over(self, imbalance: float, needed: float, now: float, retry_s: float) -> bool:
+        """Whether it is time to look again: by the clock, or because more is to be won, or less is asked for."""
+        return now - self.at >= retry_s or imbalance > 1.1 * self.imbalance or needed < 0.8 * self.needed
 
 
 @dataclass(frozen=True, kw_only=True)
