@@ -122,13 +122,14 @@ def load_source_of(settings: ServeSettings) -> LoadSource:
 
 def steering_of(settings: ServeSettings) -> Steering:
     """How experts are placed and moved."""
+    scaling = Scaling(min_hosts=settings.hosts, max_hosts=settings.max_hosts) if settings.max_hosts else None
     return Steering(
         rebalances=settings.rebalance,
         num_replicas=settings.replicas,
         extra_slots=settings.extra_slots,
-        policy=Policy(min_replicas=settings.replicas),
+        policy=Policy(min_replicas=settings.replicas, scaling=scaling or Scaling()),
         limits=Limits(min_replicas=settings.replicas),
-        scaling=Scaling(min_hosts=settings.hosts, max_hosts=settings.max_hosts) if settings.max_hosts else None,
+        scaling=scaling,
     )
 
 

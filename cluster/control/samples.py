@@ -69,10 +69,13 @@ def load_of(series: Iterable[Series], expected: Expected, at: float, window_s: f
     try:
         window = _Window(series, expected, at, at - window_s, FRESH * window_s)
         load = window.load(now)
-        since = window.steady_since()
+        since = window.steady_since(at - (now - load.at))
         if since <= at - window_s:
             return load
-        return replace(_Window(series, expected, at, since, FRESH * window_s).load(now), steady_s=at - since)
+        after = _Window(series, expected, at, since, FRESH * window_s)
+        # Where pages are read rarely, it takes a while until anything is known of what came after.
+        steady_s = at - since if after.has_measured(window) else 0.0
+        return replace(after.load(now) if steady_s else load, steady_s=steady_s)
     except _Unusable as error:
         return Held(reason=str(error))
 
@@ -134,10 +137,16 @@ class _Window:
             queue_s=self._queue_s(routers.values()),
         )
 
-    def steady_since(self) -> float:
-        """See `shift.steady_since`."""
+    def steady_since(self, until: float) -> float:
+        """See `shift.steady_since`. Up to `until` everything is known."""
         rows = ((_key(series), series.points) for series in self._by_metric[ROWS].values())
-        return steady_since(rows, self._begin, self._at)
+        return steady_since(rows, self._begin, until)
+
+    def has_measured(self, longer: _Window) -> bool:
+        """Whether every process whose rates can be told in a `longer` window has some in this one."""
+        news = self._at - self._fresh_s
+        told = [target for target, (first, last) in longer._seen.items() if first < last and last >= news]
+        return all(target in self._seen and self._seen[target][0] < self._seen[target][1] for target in told)
 
     def _newest(self, page: Page, metrics: Iterable[str], role: str) -> _Target:
         """The life of a process that was seen last, and not too long ago, with all of `metrics`."""

@@ -25,21 +25,29 @@ def steady_since(
 ) -> float:
     """The instant of the last shift between `begin` and `end`; `begin` where there was none.
 
-    `counted` are samples (instant, value) of counters of rows, any number of them for each expert.
+    `counted` are samples (instant, value) of counters of rows, any number for each expert, up to `end` at least.
     """
     step = (end - begin) / NUM_PARTS
+    if step <= 0.0:
+        return begin
     layers: dict[int, dict[ExpertKey, Counts]] = defaultdict(dict)
     for key, points in counted:
         counts = layers[key[0]].setdefault(key, [0.0] * NUM_PARTS)
-        for (_, before), (at, after) in pairwise(points):
-            part = min(NUM_PARTS - 1, max(0, math.ceil((at - begin) / step) - 1))
-            counts[part] += after - before if after >= before else after
+        for (since, before), (at, after) in pairwise(points):
+            _spread(counts, (since - begin) / step, (at - begin) / step, after - before if after >= before else after)
     shifted = [_shifted(list(experts.values())) for experts in layers.values()]
     most, part = max(
         (sum(shares[part] for shares in shifted) / max(1, len(shifted)), part)
         for part in range(LEAST_PARTS, NUM_PARTS - LEAST_PARTS + 1)
     )
     return begin + part * step if most > SHIFT else begin
+
+
+def _spread(counts: Counts, first: float, last: float, rows: float) -> None:
+    """Count `rows` evenly between two places: pages are read at instants of their own, and some rarely."""
+    per_part = rows / (last - first)
+    for part in range(max(0, math.floor(first)), min(NUM_PARTS, math.ceil(last))):
+        counts[part] += per_part * (min(last, part + 1.0) - max(first, float(part)))
 
 
 def _shifted(experts: list[Counts]) -> list[float]:

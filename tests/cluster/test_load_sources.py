@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import random
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -128,6 +129,34 @@ def test_an_answer_in_prometheus_form_gives_the_same_plan_as_the_pages() -> None
         asked = source.load(EXPECTED, NOW)
     assert asked == own
     assert made_plan(asked) == made_plan(own)
+
+
+@pytest.mark.parametrize("every_s", [1, 5, 15])
+def test_the_window_is_as_wide_as_scrapes_are_rare_and_no_wider(every_s: int) -> None:
+    cluster = Cluster(rows=skewed(5))
+    taken = [one for one in record(cluster, 1000.0, seconds=300) if int(one.at) % every_s == 0]
+    now = {"at": 1150.0}
+    asked: list[float] = []
+
+    def answer(path: str, connection: socket.socket) -> None:
+        if "time%28%29" in path:
+            connection.sendall(whole(time_of(now["at"])))
+            return
+        found = re.search(r"%5B(\d+)ms%5D", path)
+        assert found is not None
+        asked.append(int(found[1]) / 1000)
+        seen = [one for one in taken if now["at"] - asked[-1] < one.at <= now["at"]]
+        connection.sendall(whole(answer_of(seen)))
+
+    with answering(answer) as url:
+        source = PrometheusLoad(url, "herd", window_s=12.0)
+        loads = []
+        for turn in range(100):
+            now["at"] = 1150.0 + turn
+            loads.append(source.load(EXPECTED, NOW + turn))
+    assert all(isinstance(load, Load) for load in loads[10:]), loads
+    assert asked[-1] == {1: 12.0, 5: 24.0, 15: 96.0}[every_s]
+    assert max(asked) <= 96.0
 
 
 # What a Prometheus may do
