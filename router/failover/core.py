@@ -90,7 +90,7 @@ def _answered(state: FailoverState, event: Answered, now: float, effects: list[E
     land(state, flight)
     at = state.attention.at(now)
     if flight.parts and flight.pauses == state.attention.pauses:
-        if link.learn(flight, now - flight.sent_clock, at):
+        if link.learn(flight, now - flight.sent_clock, at, state.typical_pace):
             compare(state)
         state.typical_pace += TYPICAL_WEIGHT * (link.pace - state.typical_pace)
     enter(state, link, link.heard(flight, at, now), effects)

@@ -25,6 +25,7 @@ FORGET_S = 30.0
 """Trouble this long ago does not lengthen the next back-off."""
 FIRST_SHARE, SHARE_STEP = 1 / 8, 1 / 16
 PACE_WEIGHT = 1 / 16
+RELAX_S = 1.0
 SAMPLE_CLIP = 2.0
 """One late answer counts as at most twice the patience: what stopped for a minute is not slow for ever."""
 
@@ -113,15 +114,24 @@ class Link:
         self.ahead_s = self.ahead_s - flight.cost_s if self.flights else 0.0
         self.num_overdue -= flight.is_overdue and not flight.is_probe
 
-    def learn(self, flight: Flight, took_s: float, at: float) -> bool:
+    def pace_at(self, at: float, typical: float) -> float:
+        """What was learnt, as far as it is not forgotten in favour of what is `typical`."""
+        return typical + (self.pace - typical) * self._kept(at)
+
+    def _kept(self, at: float) -> float:
+        """Half of it after each `RELAX_S` without an answer, so that a host which was slow is tried again."""
+        idle_s = at - self.paced_at
+        return 1.0 if idle_s <= RELAX_S else 0.5 ** (idle_s / RELAX_S)
+
+    def learn(self, flight: Flight, took_s: float, at: float, typical: float) -> bool:
         """Count the round trip of a shipment with rows, unless it tells of an outage. Whether the usual is new."""
         if flight.sent_at <= self.fenced_at:
             return False
         limit = SAMPLE_CLIP * (flight.overdue_at - flight.sent_at)
         sample = min(took_s, limit) / flight.expected_s
-        # The first one stands for all.
-        weight = PACE_WEIGHT if self.paced_at > float("-inf") else 1.0
-        self.pace += weight * (sample - self.pace)
+        # What little is known still weighs little beside news; the first sample stands for all.
+        pace = self.pace_at(flight.sent_at, typical)
+        self.pace = pace + max(PACE_WEIGHT, 1.0 - self._kept(flight.sent_at)) * (sample - pace)
         self.paced_at = at
         return self.usual.add(sample)
 

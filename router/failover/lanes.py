@@ -11,8 +11,6 @@ from router.failover.health import Link
 from router.failover.split import Lane, Want, split
 from router.failover.state import FailoverState
 
-RELAX_S = 1.0
-"""How slow a host was is half forgotten after this long without an answer, so that it is tried again."""
 EQUALS = 0.7
 """Paces that differ by less than this from what is typical are typical: no pace is known any better, and hosts that are
 alike should share the work instead of the luckiest having it all."""
@@ -99,10 +97,7 @@ def elsewhere(
 
 def make_lane(state: FailoverState, link: Link, layer: int, at: float) -> Lane:
     """What the cost model and experience say of a host now, for rows of `layer`."""
-    pace = link.pace if link.paced_at > float("-inf") else state.typical_pace
-    idle_s = at - link.paced_at
-    if RELAX_S < idle_s < float("inf"):
-        pace = state.typical_pace + (pace - state.typical_pace) * 0.5 ** (idle_s / RELAX_S)
+    pace = link.pace_at(at, state.typical_pace)
     if EQUALS * state.typical_pace <= pace <= state.typical_pace / EQUALS:
         pace = state.typical_pace
     cost = link.cost
