@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
+from cluster.control.balance import LayerBalance
 from cluster.control.draft import Draft, Replica
 from cluster.control.fleet import Fleet, Load
 from cluster.control.rebalance import Futile, LayerNote, place_all, rebalance, uneven_layers
@@ -21,6 +22,9 @@ from cluster.control.scale import ScaleState, Scaling, Size, size
 from cluster.control.trust import doubt_load
 from experts.errors import InvalidInput
 from experts.placement import ExpertKey
+
+MUCH_LOST = 1 / 3
+"""Share of a layer's time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,8 @@ class Policy:
     load_price: float = 0.002
     """What each replica that is loaded must save."""
     settle_s: float = 3.0
-    """An imbalance must last so long, and so must the load that makes it."""
+    """An imbalance must last so long, and so must the load that makes it: one by which a third of a layer's time is
+    lost. A smaller one must last longer, in proportion: what comes and goes is not worth moving weights for."""
     cool_down_s: float = 30.0
     """What was added stays, and what was removed stays away, for so long."""
     retry_s: float = 60.0
@@ -63,7 +68,7 @@ class PlanState:
     added: Mapping[Replica, float] = field(default_factory=lambda: MappingProxyType({}))
     removed: Mapping[Replica, float] = field(default_factory=lambda: MappingProxyType({}))
     trusted: Load | None = None
-    uneven_since: float | None = None
+    uneven_since: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
     futile: Mapping[int, Futile] = field(default_factory=lambda: MappingProxyType({}))
     scale: ScaleState = field(default_factory=ScaleState)
 
@@ -160,24 +165,27 @@ def _rebalance(
         # What was uneven before may be uneven still.
         return (), "", state
     uneven = uneven_layers(draft, basis, policy.min_gain)
-    if not uneven:
-        return (), "every layer is as even as it has to be", replace(state, uneven_since=None, futile=_NOTHING)
-    since = now if state.uneven_since is None else state.uneven_since
-    shifted_at = basis.at - basis.steady_s
+    since = {layer: state.uneven_since.get(layer, now) for layer in uneven}
     # What was tried for the load before it shifted says nothing of this one.
-    tried = MappingProxyType({layer: entry for layer, entry in state.futile.items() if entry.at >= shifted_at})
-    state = replace(state, uneven_since=since, futile=tried)
-    lasted = min(now - since, basis.steady_s)
-    if lasted < policy.settle_s:
-        return (), f"{len(uneven)} layers are uneven, but only since {lasted:.1f} s", state
+    tried = {
+        layer: entry
+        for layer, entry in state.futile.items()
+        if layer in uneven and entry.at >= basis.at - basis.steady_s
+    }
+    state = replace(state, uneven_since=MappingProxyType(since), futile=MappingProxyType(tried))
+    if not uneven:
+        return (), "every layer is as even as it has to be", state
+    lasted = {layer: min(now - at, basis.steady_s) for layer, at in since.items()}
+    settled = [layer for layer in uneven if lasted[layer] >= _patience_s(draft.layers[layer], policy)]
+    if not settled:
+        return (), f"{len(uneven)} layers are uneven, but only since {max(lasted.values()):.1f} s", state
     due = {
-        layer: needed
-        for layer, needed in uneven.items()
-        if layer not in state.futile
-        or state.futile[layer].is_over(draft.layers[layer].imbalance, needed, now, policy.retry_s)
+        layer: uneven[layer]
+        for layer in settled
+        if layer not in tried or tried[layer].is_over(draft.layers[layer].imbalance, uneven[layer], now, policy.retry_s)
     }
     notes = rebalance(draft, due, basis.dispatches, policy.load_price, policy.max_trials)
-    futile = {layer: entry for layer, entry in state.futile.items() if layer in uneven}
+    futile = dict(tried)
     for note in notes:
         futile.pop(note.layer, None)
         if not note.is_changed:
@@ -187,7 +195,9 @@ def _rebalance(
     return notes, why, replace(state, futile=MappingProxyType(futile))
 
 
-_NOTHING: Mapping[int, Futile] = MappingProxyType({})
+def _patience_s(balance: LayerBalance, policy: Policy) -> float:
+    lost = 1.0 - 1.0 / balance.imbalance
+    return policy.settle_s * max(1.0, MUCH_LOST / max(lost, 1e-9))
 
 
 def _finish(
@@ -212,7 +222,9 @@ def _finish(
     if loads or evictions:
         added = {**state.added, **dict.fromkeys(loads, now)}
         removed = {**state.removed, **dict.fromkeys(evictions, now)}
-        state = replace(state, added=MappingProxyType(added), removed=MappingProxyType(removed), uneven_since=None)
+        changed = {layer for (layer, _), _ in (*loads, *evictions)}
+        since = MappingProxyType({layer: at for layer, at in state.uneven_since.items() if layer not in changed})
+        state = replace(state, added=MappingProxyType(added), removed=MappingProxyType(removed), uneven_since=since)
     moved = len(loads) * fleet.expert_bytes
     # Hosts of an expert that only changed their order are no change.
     made = Plan(

@@ -106,7 +106,7 @@ def doubt_of(state: ControllerState) -> str:
 def preview(state: ControllerState, load: Load | None, now: float) -> Plan:
     """What would be planned now from `load`, or from what was measured last where that is None, without patience."""
     steering = state.steering
-    planning = replace(state.planning, uneven_since=None, futile=MappingProxyType({}))
+    planning = replace(state.planning, uneven_since=MappingProxyType({}), futile=MappingProxyType({}))
     policy = replace(steering.policy, settle_s=0.0)
     fleet = fleet_of(state)
     placement = {key: tuple(name for name in names if name in fleet.hosts) for key, names in state.moving.goal.items()}
