@@ -220,6 +220,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     context.set_defaults(run=_bench_context)
     context.add_argument("--tokens", metavar="T", default=1_000_000, type=int, help="length of the prompt (1000000)")
     context.add_argument("--json", metavar="FILE", help="as above")
+    _add_bench_shift(kinds.add_parser("shift", help="a cluster that serves a steerable model, while its load shifts"))
     plan = kinds.add_parser("plan", help="how long the planner takes, and the control loop in simulation")
     plan.set_defaults(run=_bench_plan)
     plan.add_argument("--json", metavar="FILE", help="as above")
@@ -234,6 +235,19 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--batch", metavar="N,…", default="1,16", help="requests at a time (1,16)")
     add("--hosts", metavar="N", default="4", help="expert hosts (4)")
     add("--replicas", metavar="N", default="2", help="hosts of each expert (2)")
+    add("--json", metavar="FILE", help="as above")
+
+
+def _add_bench_shift(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_bench_shift)
+    add = parser.add_argument
+    add("--control", metavar="ADDRESS", help="the controller's ip:port (default: the newest that runs)")
+    add("--streams", metavar="N", type=int, default=10, help="streams at a time (10)")
+    add("--hot", metavar="E", type=int, default=2, help="experts that they choose (2)")
+    add("--output", metavar="T", type=int, default=40, help="tokens of each answer (40)")
+    add("--before", metavar="S", dest="before_s", type=float, default=40.0, help="seconds before the shift (40)")
+    add("--after", metavar="S", dest="after_s", type=float, default=30.0, help="and after it (30)")
+    add("--seed", metavar="S", type=int, default=0, help="of experts and prompts (0)")
     add("--json", metavar="FILE", help="as above")
 
 
@@ -436,6 +450,16 @@ def _bench_plan(options: argparse.Namespace) -> int:
     if options.json is None:
         print_results(bench_loop_speed())
     return 0
+
+
+def _bench_shift(options: argparse.Namespace) -> int:
+    from cluster.drill.command import run_shift
+    from cluster.result_file import check_result_file
+    from cluster.run_file import state_dirs
+
+    check_result_file(options.json)
+    asked = {name: value for name, value in vars(options).items() if name not in ("run", "control", "json")}
+    return run_shift(options.control, state_dirs(os.environ), asked, options.json)
 
 
 def _bench_dispatch(options: argparse.Namespace) -> int:

@@ -13,16 +13,18 @@ from typing import Any
 
 from cluster.drill.drill import Drill, DrillFailed, DrillSettings
 from cluster.drill.faults import Kind
+from cluster.drill.hot_set import ShiftSettings, bench_shift
 from cluster.drill.table import lines_of
 from cluster.drill.verdict import Verdict
 from cluster.load.client import Client
 from cluster.load.server import ServerFacts, look_at
 from cluster.load.settings import LoadSettings
+from cluster.measure.report import print_results
 from cluster.run_file import read_run_files
-from cluster.show import TIMEOUT_S, find_status
+from cluster.show import TIMEOUT_S, find_controller, find_status
 from cluster.version import herd_version
 from experts.errors import InvalidInput
-from experts.grpc_control import ask_cut, fetch_status
+from experts.grpc_control import ask_cut, fetch_rows, fetch_status
 from experts.reports import ClusterStatus
 
 BROKEN = 1
@@ -64,6 +66,16 @@ def run_drills(
     if out is not None:
         _write(out, settings, status, verdicts)
     return BROKEN if any(verdict.broken for verdict in verdicts) else 0
+
+
+def run_shift(control: str | None, state_dirs: tuple[Path, ...], asked: dict[str, Any], out: str | None) -> int:
+    """Shift the load of the cluster at `control` or of the newest one here. `asked` are fields of ShiftSettings."""
+    found = find_controller(control, state_dirs)
+    url, facts = _served(found.status)
+    settings = ShiftSettings(**asked, url=url, model=facts.model)
+    fetch = partial(fetch_rows, found.address, TIMEOUT_S, found.tls)
+    print_results([asyncio.run(bench_shift(settings, facts.vocabulary.ids, fetch))], out)
+    return 0
 
 
 def _served(status: ClusterStatus) -> tuple[str, ServerFacts]:
