@@ -22,9 +22,11 @@ def get(url: str, timeout_s: float, max_bytes: int) -> bytes | Held:
     end = time.monotonic() + timeout_s
     try:
         connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
-        with contextlib.closing(connection), _cut_off(connection, timeout_s):
-            connection.request("GET", f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/")
-            return _body(connection.getresponse(), parts.netloc, end, max_bytes)
+        with contextlib.closing(connection):
+            connection.connect()
+            with _cut_off(connection.sock, end - time.monotonic()):
+                connection.request("GET", f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/")
+                return _body(connection.getresponse(), parts.netloc, end, max_bytes)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if time.monotonic() >= end:
             return Held(reason=f"{parts.netloc} did not answer within {timeout_s:g} s")
@@ -50,14 +52,17 @@ def _body(response: http.client.HTTPResponse, server: str, end: float, max_bytes
 
 
 @contextlib.contextmanager
-def _cut_off(connection: http.client.HTTPConnection, timeout_s: float) -> Iterator[None]:
-    """Ends a connection that is alive and too slow: a socket's own timeout begins anew with every byte."""
+def _cut_off(connected: socket.socket, left_s: float) -> Iterator[None]:
+    """Ends a connection that is alive and too slow: a socket's own timeout begins anew with every byte.
+
+    It is the socket that is ended, since HTTPConnection forgets it while an answer of unknown length is still read.
+    """
 
     def cut() -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            connected.shutdown(socket.SHUT_RDWR)
 
-    timer = threading.Timer(timeout_s, cut)
+    timer = threading.Timer(left_s, cut)
     timer.daemon = True
     timer.start()
     try:

@@ -47,7 +47,7 @@ def place_all(draft: Draft, dispatches: float, max_trials: int) -> tuple[str, ..
     room = sum(draft.free[host] for host in draft.targets)
     needed = sum(len(experts) for experts in draft.experts.values()) * draft.min_replicas
     if room < needed:
-        return (f"{needed} replicas are needed, and there is room for {room}",)
+        return (f"{needed} replicas are needed, and there is room for {room}", *repair(draft))
     packed = fresh(draft, layers, draft.free, dispatches)
     improve(packed, layers, Prices(), max_trials)
     trim(packed, layers)
@@ -112,6 +112,8 @@ def _judge(
         why = f"{gain:.0%} of its slowest host is less than the {needed:.0%} that a change must bring"
         return LayerNote(layer=layer, before=imbalance, after=imbalance, is_changed=False, why=why)
     why = f"its slowest host becomes {gain:.0%} faster"
+    if gain < 0.0:
+        why = f"it gives way to other layers: its slowest host becomes {-gain:.0%} slower"
     return LayerNote(layer=layer, before=imbalance, after=balance.imbalance, is_changed=True, why=why)
 
 

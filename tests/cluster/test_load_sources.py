@@ -8,6 +8,7 @@ import math
 import random
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -221,6 +222,24 @@ def test_a_fault_of_prometheus_holds(fault: str) -> None:
 def test_a_prometheus_that_takes_too_long_is_left(answer: Callable[[str, socket.socket], None]) -> None:
     with answering(answer) as url:
         assert "did not answer" in held(prometheus_load(url, timeout_s=0.3).load(EXPECTED, NOW))
+
+
+def test_an_answer_of_unknown_length_that_drips_is_cut_off() -> None:
+    was_cut = threading.Event()
+
+    def drips(path: str, connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        try:
+            for _ in range(200):
+                connection.sendall(b" ")
+                time.sleep(0.05)
+        except OSError:
+            was_cut.set()
+            raise
+
+    with answering(drips) as url:
+        assert "did not answer" in held_bytes(get(url, 0.3, 1_000_000))
+        assert was_cut.wait(10.0), "it was read to the end"
 
 
 def test_answers_without_end_are_left() -> None:

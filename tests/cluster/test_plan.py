@@ -325,3 +325,28 @@ def test_any_plan_for_any_fleet_and_load_is_sound(data: st.DataObject) -> None:
         assert as_text(made)
         assert as_json(made)
         placement, now = made.target, now + 100.0
+
+
+def test_no_expert_gets_a_second_replica_before_every_one_has_its_first() -> None:
+    # Host h2 is gone, and what is left has room for four: of each expert there can be one.
+    fleet = fleet_of(2, 2)
+    policy = replace(NOW, min_replicas=2)
+    for placement in (
+        {(0, 0): ("h0",), (0, 1): ("h1",), (0, 2): (), (0, 3): ()},
+        {(0, 0): ("h0", "h1"), (0, 1): ("h0", "h1"), (0, 2): (), (0, 3): ()},
+        {(0, 0): (), (0, 1): (), (0, 2): (), (0, 3): ()},
+    ):
+        made = one(None, fleet, placement, policy)
+        check(made, fleet, placement)
+        assert made.alarms
+
+
+def test_a_layer_that_gives_way_to_a_hotter_one_is_told_to_become_slower() -> None:
+    hosts = [HostSpec(name="slow", slots=2, row_s=10.0), HostSpec(name="fast", slots=2)]
+    placement = {(0, 0): ("slow",), (0, 1): ("slow",), (1, 0): ("fast",), (1, 1): ("fast",)}
+    load = Load(at=0.0, rows={(0, 0): 10000.0, (0, 1): 0.0, (1, 0): 10.0, (1, 1): 10.0})
+    made = one(load, Fleet.of(hosts), placement)
+    assert made.target[0, 0] == ("fast",)
+    assert made.layers[0].why.endswith("% faster")
+    assert made.layers[1].why.startswith("it gives way to other layers: its slowest host becomes ")
+    assert made.layers[1].why.endswith("% slower")
