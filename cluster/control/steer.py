@@ -15,7 +15,7 @@ from types import MappingProxyType
 from cluster.control.costs import costs_of, node_of
 from cluster.control.draft import Replica
 from cluster.control.fleet import Fleet, HostSpec, Load
-from cluster.control.loop import Inputs, LoopState, Question, question_of, turn
+from cluster.control.loop import Inputs, LoopState, Question, cooling_from, question_of, turn
 from cluster.control.move_state import (
     Alarm,
     Goal,
@@ -152,6 +152,8 @@ def move(state: ControllerState, event: MoveEvent, now: float, effects: list[Eff
         state = replace(state, num_loaded=state.num_loaded + 1, move_s=state.move_s + (now - loading.begun))
     if isinstance(event, NotLoaded) and event.replica not in moving.loading:
         state = replace(state, num_not_loaded=state.num_not_loaded + (event.replica in state.moving.loading))
+    planning = cooling_from(state.planning, state.moving.published, moving.published, now)
+    state = state if planning is state.planning else replace(state, planning=planning)
     return _with_moving(_alarm(state, more, now, effects), moving)
 
 
@@ -204,9 +206,10 @@ def cooling(state: ControllerState) -> PlanState:
     added: dict[Replica, float] = {}
     removed: dict[Replica, float] = {}
     for applied in state.journal.history:
+        at = applied.at + (applied.took_s or 0.0)
         for key, before, after in applied.changes:
-            added.update(((key, name), applied.at) for name in after if name not in before)
-            removed.update(((key, name), applied.at) for name in before if name not in after)
+            added.update(((key, name), at) for name in after if name not in before)
+            removed.update(((key, name), at) for name in before if name not in after)
     return replace(state.planning, added=MappingProxyType(added), removed=MappingProxyType(removed))
 
 
