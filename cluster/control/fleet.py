@@ -22,6 +22,7 @@ class HostSpec:
 
     name: str
     slots: int
+    surplus: int = 0
     row_s: float = 1.0
     touch_s: float = 0.0
     link_s: float = 0.0
