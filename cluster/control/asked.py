@@ -21,7 +21,7 @@ from cluster.control.state import (
     RollbackAsked,
     TargetAsked,
 )
-from cluster.control.steer import aim, fleet_of, preview
+from cluster.control.steer import aim, fleet_of, preview, room_of
 from experts.errors import InvalidInput
 from experts.placement import ExpertKey
 
@@ -98,8 +98,9 @@ def _moved(state: ControllerState, key: ExpertKey, to: str) -> Replicas:
         raise InvalidInput("to", to, "must not have the expert already")
     used = Counter(name for where in target.values() for name in where)
     gives = max(names, key=lambda name: (used[name], name))
-    if used[to] >= fleet.hosts[to].slots + state.steering.limits.staging:
-        raise InvalidInput("to", to, f"must have a free slot; all {fleet.hosts[to].slots} are taken")
+    room = room_of(state) + state.steering.limits.staging
+    if used[to] >= room:
+        raise InvalidInput("to", to, f"must have a free slot; all {room} are taken")
     return {**target, key: tuple(to if name == gives else name for name in names)}
 
 

@@ -104,9 +104,10 @@ def step(state: ControllerState, event: Event, now: float) -> tuple[ControllerSt
         case Tick():
             state = _tick(state, now, effects)
         case LoadRead():
+            # A plan would leave new hosts less than their share.
+            state = welcome(state, now, effects)
             state = take_turn(state, event, now, effects)
             state = follow_use(state, event.load, now, effects)
-            state = welcome(state, now, effects)
         case _:
             state = ask(state, event, now, effects)
     state = _publish(state, written, now, effects)

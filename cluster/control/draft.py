@@ -64,7 +64,7 @@ class Draft:
             hosts=hosts,
             layers=layers,
             experts=by_layer,
-            free=[host.slots - held[place] for place, host in enumerate(hosts)],
+            free=[host.slots - host.surplus - held[place] for place, host in enumerate(hosts)],
             targets=[place for place, host in enumerate(hosts) if host.name in able],
             staying=[place for place, host in enumerate(hosts) if not host.draining],
             min_replicas=min(min_replicas, max(1, len(fleet.staying))),

@@ -5,8 +5,9 @@ Keeps beside every plan that it applied what was predicted and what came of it.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from cluster.control.balance import LayerBalance
@@ -157,13 +158,30 @@ def told(
 ) -> tuple[LoopState, tuple[MoveEffect, ...]]:
     """Take in what a host said about a load, or a goal that a person set."""
     moving, effects = step(state.moving, event, fleet, limits, now)
-    return replace(state, moving=moving), tuple(effects)
+    planning = cooling_from(state.planning, state.moving.published, moving.published, now)
+    return replace(state, moving=moving, planning=planning), tuple(effects)
 
 
 def _move(state: LoopState, event: MoveEvent, inputs: Inputs, now: float, effects: list[MoveEffect]) -> LoopState:
     moving, more = step(state.moving, event, inputs.fleet, inputs.limits, now, inputs.down)
     effects += more
-    return replace(state, moving=moving)
+    planning = cooling_from(state.planning, state.moving.published, moving.published, now)
+    return replace(state, moving=moving, planning=planning)
+
+
+def cooling_from(planning: PlanState, before: Replicas, after: Replicas, now: float) -> PlanState:
+    """What a plan adds or removes cools down from when it is published: loads and drains take their time."""
+    if before is after:
+        return planning
+
+    def anew(times: Mapping[Replica, float]) -> Mapping[Replica, float]:
+        changed = [(key, name) for key, name in times if (name in before[key]) != (name in after[key])]
+        return MappingProxyType({**times, **dict.fromkeys(changed, now)}) if changed else times
+
+    added, removed = anew(planning.added), anew(planning.removed)
+    if added is planning.added and removed is planning.removed:
+        return planning
+    return replace(planning, added=added, removed=removed)
 
 
 def _gone(moving: MoveState, fleet: Fleet) -> set[str]:

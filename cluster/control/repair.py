@@ -61,16 +61,22 @@ def _make_room(draft: Draft) -> None:
 
 
 def _give_way(draft: Draft, host: int, num_replicas: int) -> bool:
-    """Evict the replica of `host` that is missed least, of those that `num_replicas` others have that stay."""
+    """Evict the replica of `host` that is missed least, of those that `num_replicas` others have that stay; what came
+    lately comes last."""
     spare = [
-        (balance.seconds(expert, host) / max(balance.mean_s, 1e-300), layer, expert)
+        (
+            not draft.may_leave(layer, expert, host),
+            balance.seconds(expert, host) / max(balance.mean_s, 1e-300),
+            layer,
+            expert,
+        )
         for layer, balance in draft.layers.items()
         for expert in balance.experts_on[host]
         if sum(home != host for home in _good_homes(draft, layer, expert)) >= num_replicas
     ]
     if not spare:
         return False
-    _, layer, expert = min(spare)
+    *_, layer, expert = min(spare)
     rest = tuple(home for home in draft.layers[layer].homes(expert) if home != host)
     draft.put(layer, (expert, rest))
     return True

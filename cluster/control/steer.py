@@ -15,7 +15,7 @@ from types import MappingProxyType
 from cluster.control.costs import costs_of, node_of
 from cluster.control.draft import Replica
 from cluster.control.fleet import Fleet, HostSpec, Load
-from cluster.control.loop import Inputs, LoopState, Question, question_of, turn
+from cluster.control.loop import Inputs, LoopState, Question, cooling_from, question_of, turn
 from cluster.control.move_state import (
     Alarm,
     Goal,
@@ -152,36 +152,55 @@ def move(state: ControllerState, event: MoveEvent, now: float, effects: list[Eff
         state = replace(state, num_loaded=state.num_loaded + 1, move_s=state.move_s + (now - loading.begun))
     if isinstance(event, NotLoaded) and event.replica not in moving.loading:
         state = replace(state, num_not_loaded=state.num_not_loaded + (event.replica in state.moving.loading))
+    planning = cooling_from(state.planning, state.moving.published, moving.published, now)
+    state = state if planning is state.planning else replace(state, planning=planning)
     return _with_moving(_alarm(state, more, now, effects), moving)
 
 
 def fleet_of(state: ControllerState) -> Fleet:
-    """The hosts that are not away. Each has room for its share, what it is given anyway, and the extra slots."""
-    journal, steering, goal = state.journal, state.steering, state.moving.goal
-    present = [name for name in state.hosts if name not in journal.away]
-    staying = [name for name in present if name not in journal.draining]
-    given = Counter(name for names in goal.values() for name in names)
-    # Sick hosts keep what they have, and may never take their share.
-    sick = {name for name in staying if is_sick(state.hosts[name], state)}
-    needed = len(goal) * min(steering.num_replicas, max(1, len(staying))) - sum(given[name] for name in sick)
-    share = math.ceil(max(0, needed) / max(1, len(staying) - len(sick)))
-    room = share + steering.extra_slots * len({layer for layer, _ in goal})
+    """The hosts that are not away. Each has room for its share, the extra slots, and what it is given anyway; but what
+    is more than a person may give it is to be given back, by those that stay, and while nobody is sick."""
+    journal = state.journal
+    given = Counter(name for names in state.moving.goal.values() for name in names)
+    sick, room = _sick(state), room_of(state)
+    most = room + state.steering.limits.staging
     costs = {name: cost or UNKNOWN_COST for name, cost in costs_of(state.hosts).items()}
     return Fleet.of(
         [
             HostSpec(
                 name=name,
                 slots=max(room, given[name]),
+                surplus=0 if sick or name in journal.draining else max(0, given[name] - most),
                 row_s=costs[name].per_row_s,
                 touch_s=costs[name].per_expert_s,
                 node=node_of(state.hosts[name]),
                 draining=name in journal.draining,
                 is_sick=name in sick,
             )
-            for name in present
+            for name in _present(state)
         ],
         expert_bytes(state),
     )
+
+
+def room_of(state: ControllerState) -> int:
+    """How many experts a host has room for: its share of those that there are, and the extra slots."""
+    steering, goal, sick = state.steering, state.moving.goal, _sick(state)
+    staying = [name for name in _present(state) if name not in state.journal.draining]
+    # Sick hosts keep what they have, and may never take their share.
+    kept = sum(name in sick for names in goal.values() for name in names)
+    needed = len(goal) * min(steering.num_replicas, max(1, len(staying))) - kept
+    share = math.ceil(max(0, needed) / max(1, len(staying) - len(sick)))
+    return share + steering.extra_slots * len({layer for layer, _ in goal})
+
+
+def _present(state: ControllerState) -> list[str]:
+    return [name for name in state.hosts if name not in state.journal.away]
+
+
+def _sick(state: ControllerState) -> set[str]:
+    draining = state.journal.draining
+    return {name for name in _present(state) if name not in draining and is_sick(state.hosts[name], state)}
 
 
 def is_sick(host: HostState, state: ControllerState) -> bool:
@@ -204,9 +223,10 @@ def cooling(state: ControllerState) -> PlanState:
     added: dict[Replica, float] = {}
     removed: dict[Replica, float] = {}
     for applied in state.journal.history:
+        at = applied.at + (applied.took_s or 0.0)
         for key, before, after in applied.changes:
-            added.update(((key, name), applied.at) for name in after if name not in before)
-            removed.update(((key, name), applied.at) for name in before if name not in after)
+            added.update(((key, name), at) for name in after if name not in before)
+            removed.update(((key, name), at) for name in before if name not in after)
     return replace(state.planning, added=MappingProxyType(added), removed=MappingProxyType(removed))
 
 

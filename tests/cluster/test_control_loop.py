@@ -209,3 +209,36 @@ def test_a_hot_set_that_shifts_is_even_again_soon() -> None:
     applied = [entry for entry in world.state.history if entry.realised is not None]
     assert len(applied) >= 4
     assert all(abs(entry.realised - entry.predicted) <= 0.1 for entry in applied if entry.realised is not None)
+
+
+def published_returns(world: World, seconds: float) -> list[tuple[Replica, float]]:
+    """Replicas that routers were told of and not told of, or the other way round, and how long that lasted, where it
+    was less than the cool-down."""
+    since: dict[Replica, float] = {}
+    found = []
+    published = world.state.moving.published
+    while world.now < seconds and world.tick() is not None:
+        before, published = published, world.state.moving.published
+        for key in published:
+            for name in set(before[key]) ^ set(published[key]):
+                lasted = world.now - since.get((key, name), float("-inf"))
+                if lasted < world.policy.cool_down_s:
+                    found.append(((key, name), lasted))
+                since[key, name] = world.now
+    return found
+
+
+def test_what_was_slow_to_come_serves_for_a_whole_cool_down() -> None:
+    hosts = [HostSpec(name=f"h{host}", slots=12) for host in range(4)]
+    load = ZipfSettings(exponent=1.5, layers=4, experts=8, rows_per_s=1e4, shift_s=13.0)
+    world = World(
+        source=ZipfLoad(load, random.Random(3)),
+        fleet=Fleet.of(hosts, 100),
+        policy=Policy(settle_s=1.0),
+        limits=Limits(bytes_per_s=200.0),
+        rng=random.Random(4),
+        start=pack(layers=range(4), num_experts=8, hosts=[host.name for host in hosts], num_replicas=1),
+        tick_s=1.0,
+    )
+    assert published_returns(world, 300.0) == []
+    assert len(world.state.history) >= 5

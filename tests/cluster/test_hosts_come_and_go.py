@@ -14,7 +14,7 @@ from cluster.control.fleet import Load
 from cluster.control.journal import decode, encode
 from cluster.control.move_state import Limits
 from cluster.control.pack import pack
-from cluster.control.plan import Policy
+from cluster.control.plan import PlanState, Policy, plan
 from cluster.control.scale import Scaling
 from cluster.control.share import with_share
 from cluster.control.state import (
@@ -40,7 +40,7 @@ from cluster.control.state import (
     WriteJournal,
 )
 from cluster.control.status import status_of
-from cluster.control.steer import fleet_of
+from cluster.control.steer import fleet_of, started
 from cluster.control.trouble import RELAPSE_S, SICK_AFTER_S, Trouble
 from cluster.simulate.counted_load import CountedLoad
 from experts.errors import InvalidInput
@@ -456,3 +456,18 @@ def test_a_host_that_holds_nothing_is_idle_and_the_first_to_go() -> None:
     site.run(30)
     assert site.up.keys() == {"host-0", "host-1"}
     always_complete(site)
+
+
+def test_replicas_beyond_the_room_of_a_host_are_given_back() -> None:
+    site = Site()
+    target = {key: tuple(dict.fromkeys(("host-0", *site.placed(key)))) for key in KEYS}
+    state = replace(site.state, moving=started(target))
+    made, _ = plan(None, fleet_of(state), target, PATIENT, PlanState(), site.now)
+    assert made.held_by, "whatever the load"
+    left = [key for key, names in made.target.items() if "host-0" in names]
+    assert len(left) == len(KEYS) // 2 + state.steering.limits.staging
+    assert all(made.target.values())
+    sick = Trouble(since=site.now - RELAPSE_S, last=site.now)
+    state = replace(state, hosts={**state.hosts, "host-0": replace(state.hosts["host-0"], trouble=sick)})
+    made, _ = plan(None, fleet_of(state), target, PATIENT, PlanState(), site.now)
+    assert not made.is_change, "what a sick host has too may be needed"

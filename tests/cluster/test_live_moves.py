@@ -450,3 +450,14 @@ def test_the_journal_keeps_moves_and_history() -> None:
     journal = decode(json.loads(site.disk))
     assert journal.history == site.state.journal.history and journal.draining == {"h2"}
     assert journal.moves is not None and journal.moves.loading.keys() == site.state.moving.loading.keys()
+
+
+def test_persons_cannot_give_a_host_more_than_it_has_room_for() -> None:
+    site = Site()
+    room = len(KEYS) // len(HOSTS) + 2
+    with pytest.raises(InvalidInput, match="must have a free slot"):
+        for key in [key for key in KEYS if site.placed(key) != ("h0",)]:
+            site.take(MoveAsked(key=key, to="h0"))
+            site.run(3)
+    assert len(site.held["h0"]) == room + site.steering.limits.staging
+    always_complete(site)
