@@ -16,8 +16,9 @@ class HostSpec:
 
     An expert costs it `touch_s` seconds in each dispatch that has rows of it (one read of its weights) and `row_s` for
     each row; `link_s` is what a row's way there and back takes longer than to the nearest host. `slots` are experts of
-    all layers together, of which `surplus` are to be given back. A slot on a device that a KV cache shares may have a price: the share of a layer's time that a
-    replica must save to be worth its room. A host that is `is_sick` keeps what it has, and gets nothing.
+    all layers together, of which `surplus` are to be given back. A slot on a device that a KV cache shares may have a
+    price: the share of a layer's time that a replica must save to be worth its room. A host that is `is_sick` keeps
+    what it has, and gets nothing.
     """
 
     name: str
