@@ -35,7 +35,7 @@ class Policy:
     """A layer is changed when its slowest host becomes faster by this, and more where few rows were counted."""
     load_price: float = 0.002
     """What each replica that is loaded must save."""
-    settle_s: float = 3.0
+    settle_s: float = 2.5
     """An imbalance must last so long, and so must the load that makes it: one by which a third of a layer's time is
     lost. A smaller one must last longer, in proportion: what comes and goes is not worth moving weights for."""
     cool_down_s: float = 30.0
