@@ -17,7 +17,7 @@ from cluster.control.fleet import HostSpec
 
 EVEN = 0.7
 """What the even split counts beside the best one. Much less costs balance under even splits, more under best ones."""
-MANY_ROWS = 1.1
+MANY_ROWS = 1.05
 """More than so many times the mean of rows on one host is imbalance, even where all are done at the same time."""
 
 Change = tuple[int, tuple[int, ...]]

@@ -31,7 +31,7 @@ MUCH_LOST = 1 / 3
 class Policy:
     """What a change must be worth. Gains and prices are shares of a layer's time."""
 
-    min_gain: float = 0.05
+    min_gain: float = 0.1
     """A layer is changed when its slowest host becomes faster by this, and more where few rows were counted."""
     load_price: float = 0.002
     """What each replica that is loaded must save."""
