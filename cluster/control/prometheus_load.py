@@ -54,7 +54,8 @@ class PrometheusLoad:
         if isinstance(load, Held) and most < MANY_SAMPLES / 4:
             wider = 2 * self._window_s
             self._window_s = wider if wider <= WIDEST * self._least_s else self._least_s
-        elif most > MANY_SAMPLES:
+        elif most > MANY_SAMPLES or isinstance(load, Held):
+            # What is held in spite of enough samples may only wait until they span more of a window this wide.
             self._window_s = max(self._least_s, self._window_s / 2)
 
     def _ask(self, query: str, at: float | None = None) -> bytes | Held:

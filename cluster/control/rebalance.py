@@ -132,6 +132,8 @@ def _pack_anew(
     for layer in layers:
         for host, experts in enumerate(draft.layers[layer].experts_on):
             room[host] += len(experts)
+    if sum(max(0, room[host]) for host in draft.targets) < sum(map(len, old.values())) * draft.min_replicas:
+        return False
     packed = fresh(draft, list(layers), [max(0, slots) for slots in room], dispatches)
     # Everything is moved at once: the gain of them all is asked for, beyond the price of the bytes.
     gain = 0.0

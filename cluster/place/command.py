@@ -79,15 +79,15 @@ def run_rollback(options: argparse.Namespace) -> int:
 
 
 def run_plan(options: argparse.Namespace) -> int:
-    load = read_mean(Path(options.load)) if options.load else None
-    if options.prometheus:
+    load = read_mean(Path(options.load)) if options.load is not None else None
+    if options.prometheus is not None:
         check_url("prometheus", options.prometheus)
     found = _find(options)
     if options.history:
         plans = fetch_history(found.address, tls=found.tls)
         print(json.dumps([_as_json(plan) for plan in plans], indent=1) if options.json else _history(plans))
         return 0
-    if options.prometheus:
+    if options.prometheus is not None:
         load = read_prometheus(found, options.prometheus)
     text, document = ask_plan(found.address, apply=not options.dry_run, load=load, tls=found.tls)
     print(document if options.json else text)
@@ -125,7 +125,7 @@ def read_target(path: Path) -> dict[ExpertKey, tuple[str, ...]]:
         if path.stat().st_size > MAX_PLAN_BYTES:
             raise InvalidInput("plan", str(path), f"must be of at most {MAX_PLAN_BYTES} bytes")
         entries = json.loads(path.read_text(encoding="utf-8"))["target"]
-        target = {_key(entry): tuple(_name(name) for name in entry["hosts"]) for entry in entries}
+        target = {_key(entry): _names(entry["hosts"]) for entry in entries}
     except OSError as error:
         raise InvalidInput("plan", str(path), f"must be a file that can be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -144,10 +144,10 @@ def _key(entry: Any) -> ExpertKey:
     return layer, expert
 
 
-def _name(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("no host")
-    return value
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) and name.isprintable() for name in value):
+        raise ValueError("no hosts")
+    return tuple(value)
 
 
 def _find(options: argparse.Namespace) -> Found:

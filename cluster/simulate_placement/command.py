@@ -85,6 +85,8 @@ def _source(options: argparse.Namespace) -> tuple[Source, list[tuple[int, int]],
     kind, _, exponent = options.trace.partition(":")
     if kind != "zipf":
         trace = TraceLoad(Path(options.trace))
+        if trace.seconds < TICK_S:
+            raise InvalidInput("trace", options.trace, f"must be of at least {TICK_S:g} seconds, a turn of the loop")
         return trace, sorted(trace.keys), options.seconds or trace.seconds
     try:
         power = float(exponent)

@@ -17,6 +17,9 @@ Rows = dict[ExpertKey, float]
 """Rows per second of every (layer, expert)."""
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
+LEAST_INTERVAL_S, MOST_INTERVAL_S = 1e-3, 1e9
+MOST_ROWS = 1e18
+"""In one interval. Counters do not come this far, and sums of it are still numbers."""
 
 
 class Source(Protocol):
@@ -131,19 +134,39 @@ def _read(path: Path) -> Iterator[tuple[float, Rows]]:
 
 
 def _interval(line: bytes, where: str) -> tuple[float, Rows]:
-    rule = 'must be {"interval_s": SECONDS, "rows": {"LAYER": [ROWS, …], …}} with numbers of at least 0'
+    rule = (
+        'must be {"interval_s": SECONDS, "rows": {"LAYER": [ROWS, …], …}} with numbers of at least 0, '
+        f"of {LEAST_INTERVAL_S:g} to {MOST_INTERVAL_S:g} seconds and up to {MOST_ROWS:g} rows"
+    )
     try:
         raw: Any = json.loads(line)
-        interval_s = float(raw["interval_s"])
+        interval_s = _number(raw["interval_s"], LEAST_INTERVAL_S, MOST_INTERVAL_S)
         rows = {
-            (int(layer), expert): float(count)
+            (_layer(layer), expert): _number(count, 0.0, MOST_ROWS)
             for layer, counts in raw["rows"].items()
-            for expert, count in enumerate(counts)
+            for expert, count in enumerate(_list(counts))
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InvalidInput("trace", where, rule) from None
-    if not 0.0 < interval_s < math.inf or not rows:
-        raise InvalidInput("trace", where, rule)
-    if not all(0.0 <= count < math.inf for count in rows.values()) or min(layer for layer, _ in rows) < 0:
+    if not rows:
         raise InvalidInput("trace", where, rule)
     return interval_s, rows
+
+
+def _number(raw: Any, least: float, most: float) -> float:
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or not least <= raw <= most:
+        raise ValueError("no number that can be")
+    return float(raw)
+
+
+def _layer(text: str) -> int:
+    # One way to write each: else two entries could be of the same layer.
+    if not text.isascii() or len(text) > 9 or str(int(text)) != text or int(text) < 0:
+        raise ValueError("no layer")
+    return int(text)
+
+
+def _list(raw: Any) -> list[Any]:
+    if not isinstance(raw, list):
+        raise ValueError("no list")
+    return raw

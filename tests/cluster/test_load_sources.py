@@ -160,6 +160,28 @@ def test_the_window_is_as_wide_as_scrapes_are_rare_and_no_wider(every_s: int) ->
     assert max(asked) <= 96.0
 
 
+@pytest.mark.parametrize("empty_s", range(4))
+def test_a_prometheus_that_has_lost_its_data_is_of_use_again_soon(empty_s: int) -> None:
+    taken = record(Cluster(rows=skewed(5)), 1000.0, seconds=60)
+    now = {"at": 0.0}
+
+    def answer(path: str, connection: socket.socket) -> None:
+        if "time%28%29" in path:
+            connection.sendall(whole(time_of(now["at"])))
+            return
+        found = re.search(r"%5B(\d+)ms%5D", path)
+        assert found is not None
+        connection.sendall(whole(answer_of([one for one in taken if 0.0 <= now["at"] - one.at < int(found[1]) / 1000])))
+
+    with answering(answer) as url:
+        source = PrometheusLoad(url, "herd", window_s=12.0)
+        for turn in range(-empty_s, 60):
+            now["at"] = 1000.9 + turn
+            if isinstance(source.load(EXPECTED, NOW + turn), Load):
+                break
+    assert turn <= 10, "held until what was read spans a window that is wider than it has to be"
+
+
 # What a Prometheus may do
 
 

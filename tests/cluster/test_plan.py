@@ -350,3 +350,11 @@ def test_a_layer_that_gives_way_to_a_hotter_one_is_told_to_become_slower() -> No
     assert made.layers[0].why.endswith("% faster")
     assert made.layers[1].why.startswith("it gives way to other layers: its slowest host becomes ")
     assert made.layers[1].why.endswith("% slower")
+
+
+def test_where_hosts_that_stay_have_no_room_at_all_the_others_keep_what_they_have() -> None:
+    fleet = Fleet.of([HostSpec(name="leaves", slots=2, draining=True), HostSpec(name="full", slots=0)])
+    placement = {(0, 0): ("leaves",), (0, 1): ("leaves",)}
+    made = one(load_of(placement, {(0, 0): 2000.0}), fleet, placement)
+    assert not made.is_change
+    assert len(made.alarms) == 2

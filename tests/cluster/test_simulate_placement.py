@@ -73,6 +73,15 @@ def test_a_recorded_load_is_played_as_it_was(tmp_path: Path, capsys: pytest.Capt
         ('{"interval_s": 1, "rows": {"0": [-1]}}', "must be"),
         ('{"interval_s": 1, "rows": {"0": [NaN]}}', "must be"),
         ('{"interval_s": 1, "rows": {"x": [1]}}', "must be"),
+        ('{"interval_s": 1, "rows": {"0": [1' + "0" * 400 + "]}}", "must be"),
+        ('{"interval_s": 1' + "0" * 400 + ', "rows": {"0": [1]}}', "must be"),
+        ('{"interval_s": 1e308, "rows": {"0": [1]}}', "must be"),
+        ('{"interval_s": 1e-300, "rows": {"0": [1]}}', "must be"),
+        ('{"interval_s": "1", "rows": {"0": [1]}}', "must be"),
+        ('{"interval_s": 1, "rows": {"0": [true]}}', "must be"),
+        ('{"interval_s": 1, "rows": {"0": "11"}}', "must be"),
+        ('{"interval_s": 1, "rows": {"0": [1], "00": [2]}}', "must be"),
+        ('{"interval_s": 1, "rows": {"99999999999": [1]}}', "must be"),
         ('{"interval_s": 1, "rows": {"0": [1]}}\n{"interval_s": 1, "rows": {"0": [1, 2]}}', "the same layers"),
     ],
 )
@@ -99,3 +108,10 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], arguments:
     assert captured.out == ""
     assert words in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_a_trace_of_less_than_a_turn_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"interval_s": 4.0, "rows": {"0": [1, 2]}}', encoding="utf-8")
+    assert main(["simulate", "placement", "--trace", str(trace)]) == 2
+    assert "trace: must be of at least 5 seconds" in capsys.readouterr().err
