@@ -20,6 +20,11 @@ class Held:
 
     reason: str
 
+    def __post_init__(self) -> None:
+        # It may repeat what somebody else said, and is shown on terminals.
+        shown = "".join(character if character.isprintable() else " " for character in self.reason)
+        object.__setattr__(self, "reason", shown)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Page:

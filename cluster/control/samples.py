@@ -154,7 +154,11 @@ class _Window:
         if not found:
             raise _Unusable(f"nothing was read of {role} {page.name} at {page.address}")
         target = max(found, key=lambda target: self._seen[target][1])
-        last = self._seen[target][1]
+        first, last = self._seen[target]
+        for other in found:
+            # One life ends before the next one begins; what is seen beside another is not the same process.
+            if other != target and self._seen[other][1] > first:
+                raise _Unusable(f"{role} {page.name} is read at {target.instance} and at {other.instance} at a time")
         if self._at - last > self._fresh_s:
             raise _Unusable(f"what was read of {role} {page.name} is {self._at - last:.0f} s old")
         for metric in metrics:

@@ -193,3 +193,33 @@ def test_no_samples_make_it_raise_or_answer_with_what_cannot_be(more: list[Serie
 def test_pages_are_known_by_their_address_where_nobody_names_them() -> None:
     nobody = Page(name="host-9", address="127.0.0.1:9")
     assert "host-9 at 127.0.0.1:9" in reason(read(list(whole_series()), expected=replace(EXPECTED, hosts=(nobody,))))
+
+
+def elsewhere(series: tuple[Series, ...], name: str) -> list[Series]:
+    """What was read of process `name`, as if from another page."""
+    return [
+        replace(one, labels={**one.labels, "instance": "10.0.0.9:9100"}) for one in series if one.labels["name"] == name
+    ]
+
+
+def test_two_pages_of_one_name_at_a_time_hold() -> None:
+    """Such as two clusters of one name in one Prometheus: the sum of them is nobody's load."""
+    for page in (HOSTS[1], ROUTERS[0]):
+        load = read([*whole_series(), *elsewhere(whole_series(), page.name)])
+        assert isinstance(load, Held)
+        assert page.name in load.reason
+        assert "10.0.0.9:9100" in load.reason
+
+
+def test_what_others_say_is_shown_without_its_control_characters() -> None:
+    assert Held(reason="503: \x1b[31mno\nway\x00").reason == "503:  [31mno way "
+
+
+def test_a_life_after_another_one_is_no_second_page() -> None:
+    moved = [
+        replace(one, points=tuple(point for point in one.points if (point[0] < START + 4.0) == early))
+        for early, some in ((True, elsewhere(whole_series(), HOSTS[0].name)), (False, list(whole_series())))
+        for one in some
+    ]
+    others = [one for one in whole_series() if one.labels["name"] != HOSTS[0].name]
+    assert isinstance(read([*others, *(one for one in moved if one.labels["name"] == HOSTS[0].name)]), Load)
