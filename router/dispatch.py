@@ -97,6 +97,7 @@ class RemoteExperts:
     def available(self, keys: frozenset[ExpertKey]) -> bool:
         """Whether a step begun now would find a host for every one of `keys`."""
         self._look(until=0.0)
+        self.stats.epoch = self._state.newest.epoch
         return is_available(self._state, keys)
 
     def dispatch(self, layer: int, x_TH: torch.Tensor, routing: Routing) -> RemotePending:

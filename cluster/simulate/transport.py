@@ -18,6 +18,7 @@ from experts.placement import HostInfo
 from experts.transport.base import Shipment, Ticket
 
 FIRST_PAUSE_S, LAST_PAUSE_S, REFUSED_PAUSE_S = 0.05, 1.0, 1.0
+HELLO_S = 3.0
 MAX_IN_FLIGHT = 64
 
 Outcome = torch.Tensor | TransportError
@@ -204,6 +205,12 @@ class Link:
         self._end = end
         end.on_message = self._take
         end.on_end = lambda: self._ended("its stream ended")
+        self._owner.process.after(HELLO_S, lambda: self._check_greeted(end))
+
+    def _check_greeted(self, end: End) -> None:
+        """A greeting may be lost for good, as never in a stream."""
+        if self._end is end and not self.is_up:
+            self._ended("nobody greets")
 
     def _ended(self, reason: str, pause_s: float = 0.0) -> None:
         """Try again after a pause that grows as long as no attempt succeeds."""

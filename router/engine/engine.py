@@ -238,7 +238,10 @@ class Engine:
             step = self._scheduler.schedule(self._clock())
             if not step.pieces:
                 self._wait()
-                return True
+        if not step.pieces:
+            # Who has no work hears of hosts that went and came all the same, and says so.
+            self._available(frozenset())
+            return True
         outcome = self._run(step)
         if outcome is None:
             return True

@@ -240,3 +240,20 @@ def test_hosts_that_are_lost_together_lose_their_rows_and_nothing_breaks(folder:
     cluster.transport.lose("host-1")
     assert pending.combine().lost == {0: ((0, 0),), 1: ((0, 1),)}
     assert cluster.remote.stats.rows_lost == 2
+
+
+def test_who_only_asks_what_is_available_learns_of_a_new_life_and_of_the_epoch(folder: Path) -> None:
+    cluster = Cluster(folder, num_hosts=2, num_replicas=1)
+    assert cluster.remote.available(frozenset())
+    assert cluster.remote.stats.hosts == {"host-0": "up", "host-1": "up"}
+    cluster.transport.lose("host-1")
+    assert cluster.remote.available(frozenset())
+    assert cluster.remote.stats.hosts["host-1"] == "dead"
+    cluster.transport.restore("host-1")
+    infos = {
+        name: HostInfo(name=name, incarnation=2 if name == "host-1" else 1, address=name) for name in cluster.hosts
+    }
+    placement = Placement(epoch=7)
+    cluster.remote.connect(ClusterView(version=2, placement=placement, hosts=infos))
+    assert cluster.remote.available(frozenset())
+    assert (cluster.remote.stats.hosts["host-1"], cluster.remote.stats.epoch) == ("up", 7)

@@ -31,6 +31,7 @@ class Counting:
         self.gate.set()
         self.fails = False
         self.speechless = -1
+        self.looked = threading.Event()
 
     def run(self, step: Step) -> StepOutcome:
         self.entered.release()
@@ -50,6 +51,7 @@ class Counting:
         return StepOutcome(sampled=sampled, lost=lost, failed=frozenset(failed), logprobs=logprobs)
 
     def available(self, missing: frozenset[ExpertKey]) -> bool:
+        self.looked.set()
         return not self.away.is_set()
 
 
@@ -260,3 +262,9 @@ def test_a_listener_that_raises_harms_nobody(engine: Engine) -> None:
     submit: Callable[..., None] = engine.submit
     submit("broken", 0, [1], [], SamplingParams(max_tokens=3), time.monotonic() + FAR, broken)
     assert len(ask(engine, "fine", [1], max_tokens=20).rest()[0]) == 20
+
+
+def test_an_engine_without_work_looks_at_its_hosts_all_the_same(engine: Engine, runner: Counting) -> None:
+    for _ in range(2):
+        runner.looked.clear()
+        assert runner.looked.wait(timeout=30)
