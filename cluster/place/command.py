@@ -8,9 +8,10 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.config import check_url
+from cluster.control.fleet import Load
 from cluster.control.prometheus_load import PrometheusLoad
 from cluster.control.reading import Expected, Held, Page
 from cluster.place.trace import read_mean, record
@@ -33,8 +34,13 @@ from experts.reports import AppliedPlan, ClusterStatus
 
 WAIT_S = 600.0
 POLL_S = 0.3
+STARTING_S = 10.0
+"""A controller that was just started anew hears of its hosts first."""
+PROMETHEUS_TRIES = 4
 MAX_PLAN_BYTES = 64 << 20
 MAX_HOSTS = 4096
+
+Answer = TypeVar("Answer")
 
 
 def run_move(options: argparse.Namespace) -> int:
@@ -54,7 +60,7 @@ def run_scale(options: argparse.Namespace) -> int:
     if not 1 <= number <= MAX_HOSTS:
         raise InvalidInput("hosts", number, f"must be between 1 and {MAX_HOSTS}")
     found = _find(options)
-    _, epoch = ask_hosts(found.address, number, tls=found.tls)
+    _, epoch = _patiently(lambda: ask_hosts(found.address, number, tls=found.tls))
     here = sum(host.transport == "grpc" for host in found.status.hosts)
     print(f"herd: {number} hosts from now on, of {here}; the placement is that of epoch {epoch} now", flush=True)
     return (
@@ -89,7 +95,8 @@ def run_plan(options: argparse.Namespace) -> int:
         return 0
     if options.prometheus is not None:
         load = read_prometheus(found, options.prometheus)
-    text, document = ask_plan(found.address, apply=not options.dry_run, load=load, tls=found.tls)
+    apply, tls = not options.dry_run, found.tls
+    text, document = _patiently(lambda: ask_plan(found.address, apply=apply, load=load, tls=tls))
     print(document if options.json else text)
     return 0
 
@@ -104,7 +111,12 @@ def read_prometheus(found: Found, url: str) -> Mapping[ExpertKey, float]:
         hosts=tuple(Page(name=host.name, address=host.metrics_address) for host in status.hosts if host.slots),
         routers=tuple(Page(name=router.name, address=router.metrics_address) for router in status.routers),
     )
-    load = PrometheusLoad(url, status.name).load(expected, time.monotonic())
+    source = PrometheusLoad(url, status.name)
+    # Where pages are scraped rarely its window becomes wider each time.
+    for _ in range(PROMETHEUS_TRIES):
+        load = source.load(expected, time.monotonic())
+        if isinstance(load, Load):
+            break
     if isinstance(load, Held):
         raise InvalidInput("prometheus", url, f"must have a load to plan by: {load.reason}")
     return load.rows
@@ -157,11 +169,23 @@ def _find(options: argparse.Namespace) -> Found:
 
 def _ask(options: argparse.Namespace, call: Callable[[Found], tuple[int, int]]) -> int:
     found = _find(options)
-    loads, epoch = call(found)
+    loads, epoch = _patiently(lambda: call(found))
     print(f"herd: {loads} replicas to load; the placement is that of epoch {epoch} now", flush=True)
     if options.no_wait:
         return 0
     return _wait(found)
+
+
+def _patiently(ask: Callable[[], Answer]) -> Answer:
+    """What `ask` returns, asked again for a while when the controller is starting."""
+    end = time.monotonic() + STARTING_S
+    while True:
+        try:
+            return ask()
+        except InvalidInput as error:
+            if (error.field, error.value) != ("controller", "starting") or time.monotonic() >= end:
+                raise
+            time.sleep(POLL_S)
 
 
 def _wait(found: Found, is_done: Callable[[ClusterStatus], bool] = lambda status: True) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
+from cluster.place import command
 from cluster.place.command import read_target
 from experts.errors import InvalidInput
 
@@ -33,3 +34,24 @@ def test_a_source_of_the_load_that_is_empty_is_not_taken_for_none(
 ) -> None:
     assert main(["plan", option, ""]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_controller_that_is_starting_is_asked_again_and_other_refusals_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command, "POLL_S", 0.0)
+    answers = iter([InvalidInput("controller", "starting", "must have heard"), None])
+
+    def ask() -> str:
+        if (problem := next(answers)) is not None:
+            raise problem
+        return "done"
+
+    assert command._patiently(ask) == "done"
+    answers = iter([InvalidInput("to", "h9", "must be a host"), None])
+    with pytest.raises(InvalidInput, match="h9"):
+        command._patiently(ask)
+    monkeypatch.setattr(command, "STARTING_S", 0.0)
+    answers = iter([InvalidInput("controller", "starting", "must have heard"), None])
+    with pytest.raises(InvalidInput, match="starting"):
+        command._patiently(ask)
