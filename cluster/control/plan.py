@@ -38,7 +38,7 @@ class Policy:
     settle_s: float = 2.5
     """An imbalance must last so long, and so must the load that makes it: one by which a third of a layer's time is
     lost. A smaller one must last longer, in proportion: what comes and goes is not worth moving weights for."""
-    cool_down_s: float = 30.0
+    cool_down_s: float = 20.0
     """What was added stays, and what was removed stays away, for so long."""
     retry_s: float = 60.0
     """Where nothing was found to be better, nothing is looked for again so soon, unless the load changes."""

@@ -14,6 +14,8 @@ from cluster.control.improve import Prices, improve, trim
 from cluster.control.repair import repair
 
 FINAL_ROUNDS = 40
+IDLE = 0.01
+"""A replica with so small a share of a layer's time is idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +82,45 @@ def rebalance(
     before = {layer: (draft.layers[layer].slowest_s, draft.layers[layer].imbalance) for layer in layers}
     homes = {layer: draft.layers[layer].all_homes for layer in layers}
     prices = Prices(load=load_price)
+    idle = _release(draft, len(layers))
     trials = improve(draft, list(layers), prices, max_trials // 2)
     uneven = {layer: needed for layer, needed in layers.items() if _is_uneven(draft.layers[layer], needed)}
     if uneven and _pack_anew(draft, uneven, homes, dispatches, prices):
         improve(draft, list(uneven), prices, max_trials - trials)
     trim(draft, list(layers))
+    _take_back(draft, idle)
     _settle(draft, layers)
     return tuple(_judge(draft, layer, layers[layer], homes[layer], *before[layer]) for layer in layers)
+
+
+def _release(draft: Draft, most: int) -> list[tuple[int, int, int]]:
+    """Free up to `most` slots on each host that has none, of (layer, expert, host) that do next to nothing there and
+    that others have too: all layers share the slots."""
+    idle = []
+    for host in draft.targets:
+        if draft.free[host] > 0:
+            continue
+        little = sorted(
+            (balance.even_seconds(expert, host) / max(balance.mean_s, 1e-300), layer, expert)
+            for layer, balance in draft.layers.items()
+            for expert in balance.experts_on[host]
+            if balance.even_seconds(expert, host) <= IDLE * balance.mean_s and draft.may_drop(layer, expert, host)
+        )
+        for _, layer, expert in little[:most]:
+            # Another host may have given it up meanwhile.
+            if draft.may_drop(layer, expert, host):
+                rest = tuple(home for home in draft.layers[layer].homes(expert) if home != host)
+                draft.put(layer, (expert, rest))
+                idle.append((layer, expert, host))
+    return idle
+
+
+def _take_back(draft: Draft, idle: Iterable[tuple[int, int, int]]) -> None:
+    """Leave where it was what was released for nothing."""
+    for layer, expert, host in idle:
+        homes = draft.layers[layer].homes(expert)
+        if draft.free[host] > 0 and host not in homes:
+            draft.put(layer, (expert, (*homes, host)))
 
 
 def _settle(draft: Draft, layers: Iterable[int]) -> None:

@@ -12,8 +12,9 @@ from cluster.control.draft import Replica
 from experts.placement import ExpertKey
 from experts.reports import CountedRows
 
-SEEN_LATE_S = 1.5
-"""Hosts report each second: what was there before a shift is seen to work so soon after it."""
+SEEN_LATE_S = 2.5
+"""Hosts report each second, and streams end their answers first: what was there before a shift is seen to work so soon
+after it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -358,3 +358,19 @@ def test_where_hosts_that_stay_have_no_room_at_all_the_others_keep_what_they_hav
     made = one(load_of(placement, {(0, 0): 2000.0}), fleet, placement)
     assert not made.is_change
     assert len(made.alarms) == 2
+
+
+def test_a_layer_gets_the_slots_that_others_have_for_nothing() -> None:
+    """All slots are taken, and half of them by replicas of experts that nobody asks for."""
+    fleet = fleet_of(4, 4)
+    placement: dict[ExpertKey, tuple[str, ...]] = {(0, expert): (f"h{expert}",) for expert in range(4)}
+    placement |= {(1, expert): (f"h{expert}", f"h{(expert + 1) % 4}", f"h{(expert + 2) % 4}") for expert in range(4)}
+    load = load_of(placement, {(0, 0): 4000.0, **{(1, expert): 0.0 for expert in range(1, 4)}, (1, 0): 1.0})
+    made = one(load, fleet, placement)
+    check(made, fleet, placement)
+    assert made.layers[0].before is not None
+    assert made.layers[0].before > 3.0
+    assert made.layers[0].after <= 1.1
+    # What nobody needed stays where it is: an even load frees nothing.
+    even = one(load_of(placement, {}), fleet, placement)
+    assert not even.is_change
