@@ -84,7 +84,7 @@ class LayerBalance:
     @property
     def slowest_s(self) -> float:
         slowest = max(self.best)
-        return max(slowest, max(self.even) / MANY_ROWS) if self._counts_touches else slowest
+        return max(slowest, max(self._rows()) / MANY_ROWS) if self._counts_touches else slowest
 
     @property
     def mean_s(self) -> float:
@@ -203,6 +203,15 @@ class LayerBalance:
         if self._counts_touches:
             seconds += self.touch_s[host] * self._touches_of(expert, count)
         return seconds
+
+    def _rows(self) -> list[float]:
+        """What each host's rows would cost under the best split, were rows all that costs."""
+        total = [0.0] * len(self.best)
+        for expert, share in enumerate(self.shares):
+            if self.rows[expert]:
+                for host, part in share.items():
+                    total[host] += part * self._row_weight(expert, host)
+        return total
 
     def _row_weight(self, expert: int, host: int) -> float:
         return self.rows[expert] * self.row_s[host] * self._worth

@@ -119,3 +119,15 @@ def test_a_trial_says_the_same_whatever_was_asked_before() -> None:
     before = looked.finish_s
     assert blind.try_(changes).finish_s == looked.try_(changes).finish_s < before
     assert blind.finish_s == before
+
+
+def test_rows_count_as_routers_split_them_and_not_all_alike() -> None:
+    """Three hot experts in a chain over four hosts: each host has three quarters of one, though equal shares differ."""
+    hosts = [HostSpec(name=f"h{host}", slots=3, row_s=1e-6, touch_s=1e-3) for host in range(4)]
+    chain = LayerBalance([100.0] * 3, [[0, 1], [1, 2], [2, 3]], hosts, 20.0)
+    assert chain.imbalance == pytest.approx(1.0, abs=0.02)
+    assert max(chain.even) / min(chain.even) == pytest.approx(2.0)
+    # One host has nearly all rows, and as much to read as the others.
+    alone = LayerBalance([1000.0, 30.0, 30.0, 30.0], [[0], [1], [2], [3]], hosts, 20.0)
+    assert max(alone.best) / min(alone.best) < 1.4
+    assert alone.imbalance > 3.0
