@@ -30,7 +30,7 @@ class Limits:
     bytes_per_s: float = 1e9
     patience: float = 4.0
     base_s: float = 10.0
-    drain_s: float = 0.5
+    drain_s: float = 0.25
     """A shipment that comes later is answered that the expert is not there, and goes to another replica."""
 
     def deadline_s(self, num_bytes: int) -> float:
