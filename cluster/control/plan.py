@@ -138,22 +138,14 @@ def _basis(trusted: Load | None, placement: Replicas) -> Load:
 
 
 def _forget(state: PlanState, policy: Policy, now: float) -> PlanState:
-    """What has cooled down is free again, and so are its layers to be looked at."""
-    free = [
-        replica
-        for times in (state.added, state.removed)
-        for replica, at in times.items()
-        if now - at >= policy.cool_down_s
-    ]
-    if not free:
+    """What has cooled down is free again, and so are all layers to be looked at: they share the slots."""
+    if all(now - at < policy.cool_down_s for times in (state.added, state.removed) for at in times.values()):
         return state
 
     def rest(times: Mapping[Replica, float]) -> Mapping[Replica, float]:
         return MappingProxyType({replica: at for replica, at in times.items() if now - at < policy.cool_down_s})
 
-    layers = {layer for (layer, _), _ in free}
-    futile = MappingProxyType({layer: entry for layer, entry in state.futile.items() if layer not in layers})
-    return replace(state, added=rest(state.added), removed=rest(state.removed), futile=futile)
+    return replace(state, added=rest(state.added), removed=rest(state.removed), futile=MappingProxyType({}))
 
 
 def _rebalance(
