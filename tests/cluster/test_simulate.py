@@ -31,7 +31,13 @@ ENOUGH_SEEDS = 60
 TROUBLE: Counter[str] = Counter()
 
 
-@pytest.mark.parametrize("first", range(0, NUM_SEEDS, SEEDS_AT_A_TIME))
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(first, marks=[pytest.mark.soak] if first >= NUM_SEEDS // 2 else [])
+        for first in range(0, NUM_SEEDS, SEEDS_AT_A_TIME)
+    ],
+)
 def test_no_seed_fails(first: int) -> None:
     for seed in range(first, first + SEEDS_AT_A_TIME):
         outcome = run_seed(seed)
