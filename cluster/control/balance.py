@@ -2,8 +2,9 @@
 
 Rows of a replicated expert are split over its hosts. Routers split them so that hosts finish together, each seeing
 only its own rows; so two splits are kept: the best one, which is what is predicted, and the even one. A placement has
-to be good under both, or it would be good only with perfect routers. Under the even one rows are what counts: where
-reading weights is nearly all of the work, hosts with very different rows are done together, but not their network's.
+to be good under both, or it would be good only with perfect routers. Under the even one rows are what counts, and they
+count for the imbalance too: where reading weights is nearly all of the work, hosts with very different rows are done
+together, but what their rows cost besides is not.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class LayerBalance:
 
     @property
     def imbalance(self) -> float:
-        """Time of the slowest host over the mean; 1 where nothing is to be done."""
+        """Time of the slowest host over the mean, or of the one with most rows; 1 where nothing is to be done."""
         mean = self.mean_s
         return self.slowest_s / mean if mean > 0.0 else 1.0
 

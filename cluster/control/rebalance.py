@@ -79,6 +79,8 @@ def rebalance(
     draft: Draft, layers: Mapping[int, float], dispatches: float, load_price: float, max_trials: int
 ) -> tuple[LayerNote, ...]:
     """Change those of `layers` that get faster by what is asked of them, and leave the others as they are."""
+    if not layers:
+        return ()
     before = {layer: (draft.layers[layer].slowest_s, draft.layers[layer].imbalance) for layer in layers}
     homes = {layer: draft.layers[layer].all_homes for layer in layers}
     prices = Prices(load=load_price)
